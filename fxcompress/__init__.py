@@ -1,0 +1,1 @@
+"""fxcompress: a declarative graph-rewrite compiler for neural-network compression."""

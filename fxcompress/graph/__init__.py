@@ -1,0 +1,1 @@
+"""Captured graphs: the normal form, facts, channel coupling, selection and verification."""

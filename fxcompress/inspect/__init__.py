@@ -1,0 +1,1 @@
+"""Report, diff, explain: what was done, for people."""

@@ -1,0 +1,142 @@
+"""The pass protocol and the registry of verbs. A verb is a frozen dataclass; its fields are its parameters.
+
+Nothing here imports torch: `check`, `fmt` and `verbs` read the registry in milliseconds. For the same reason a verb's
+module keeps torch out of its top level and imports its rewrite inside `rewrite`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from enum import StrEnum
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+from .policy.types import ValueType
+
+T = TypeVar("T")
+
+if TYPE_CHECKING:
+    from .graph.captured import Captured
+    from .graph.site import Outcome, Site
+
+
+class Facet(StrEnum):
+    """What of a node an action writes. Two actions that write one facet of one node are in conflict."""
+
+    TOPOLOGY = "topology"
+    SHAPE = "shape"
+    MASK = "mask"
+    LOSS = "loss"
+    NUMERIC = "numeric"
+
+
+FACET_ORDER: tuple[Facet, ...] = tuple(Facet)  # the order actions of one phase run in
+
+
+@dataclass(frozen=True)
+class Param:
+    """A parameter of a verb as the language sees it."""
+
+    name: str
+    type: ValueType
+    doc: str
+    default: object
+    required: bool
+
+
+def param(type_: ValueType, doc: str, default: Any = MISSING) -> Any:
+    """Declare a field of a pass as a parameter of its verb: its language type, its doc line, its default."""
+    metadata = {"type": type_, "doc": doc}
+    if default is MISSING:
+        return field(metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Base of every verb. Subclass as a frozen dataclass whose fields are declared with `param`.
+
+    `rewrite` changes `graph` in place on the nodes of `site` and says what it did. It must run on fake weights too
+    (`graph.concrete` is False during `plan`): there it makes an arbitrary choice of the right size and marks what
+    depends on weights as unknown.
+    """
+
+    verb: ClassVar[str]
+    facet: ClassVar[Facet]
+    whats: ClassVar[Mapping[str, str]] = {}  # `channels` in `remove channels(S)`: name -> doc line; empty: none
+    kinds: ClassVar[tuple[str, ...]] = ()  # operator kinds it works on; empty: any
+
+    @classmethod
+    def parameters(cls) -> tuple[Param, ...]:
+        """The verb's parameters in the order of their declaration."""
+        return tuple(
+            Param(f.name, f.metadata["type"], f.metadata["doc"], None if f.default is MISSING else f.default,
+                  f.default is MISSING)
+            for f in fields(cls) if "type" in f.metadata
+        )
+
+    def rewrite(self, graph: Captured, site: Site) -> Outcome:
+        """Rewrite `graph` in place on `site`; raise FxcError with a diagnostic where that can't be done."""
+        raise NotImplementedError
+
+    def apply(self, captured: Captured, selector: str = "*", what: str | None = None) -> Captured:
+        """A copy of `captured` with this pass applied to what `selector` (a text in the policy language) selects,
+        verified. Values that change in time (ramps) are applied at their end."""
+        from .graph.apply import apply_pass
+
+        return apply_pass(self, captured, selector, what)
+
+
+class Registry(Generic[T]):
+    """Names to things loaded on demand: built in by `module:attribute`, or from an entry-point group of any installed
+    package, or registered at run time. Names are known without importing anything."""
+
+    def __init__(self, noun: str, group: str, builtin: Mapping[str, str]) -> None:
+        self.noun, self.group = noun, group
+        self._builtin = dict(builtin)
+        self._added: dict[str, T] = {}
+
+    def register(self, name: str, thing: T) -> T:
+        """Add or replace `name` for this process."""
+        self._added[name] = thing
+        return thing
+
+    def names(self) -> list[str]:
+        """All known names, sorted."""
+        return sorted({*self._added, *self._builtin, *(e.name for e in entry_points(group=self.group))})
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    def __getitem__(self, name: str) -> T:
+        if name in self._added:
+            return self._added[name]
+        if name in self._builtin:
+            module, _, attribute = self._builtin[name].partition(":")
+            self._added[name] = getattr(import_module(module), attribute)
+            return self._added[name]
+        for entry in entry_points(group=self.group):
+            if entry.name == name:
+                self._added[name] = entry.load()
+                return self._added[name]
+        raise KeyError(f"no {self.noun} named {name!r}")
+
+
+VERBS: Registry[type[Pass]] = Registry(
+    "verb", "fxcompress.verbs",
+    {"mask": "fxcompress.passes.mask:Mask", "remove": "fxcompress.passes.remove:Remove"},
+)
+
+ScoreFunction = Callable[..., Any]  # see `passes/shared/scores.py` for the arguments
+SCORES: Registry[ScoreFunction] = Registry("score", "fxcompress.scores", {})
+CRITERIA: Registry[ScoreFunction] = Registry("criterion", "fxcompress.criteria", {})
+
+
+def register_verb(cls: type[Pass]) -> type[Pass]:
+    """Class decorator: make `cls` a verb of the language for this process. Packages use an entry point instead."""
+    return VERBS.register(cls.verb, cls)

@@ -1,0 +1,1 @@
+"""Plans: a checked policy bound to a captured graph, dry-run on fake tensors."""

@@ -1,0 +1,1 @@
+"""The policy language: texts to checked policies. No torch here."""

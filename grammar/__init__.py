@@ -1,0 +1,1 @@
+"""The grammar of the policy language, as a package resource."""

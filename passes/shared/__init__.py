@@ -1,0 +1,1 @@
+"""Rewrites and scores that verbs share."""
