@@ -1,1 +1,23 @@
-"""The verbs, one a file."""
+"""The verbs, one a file, by their class names: `fxcompress.passes.Mask(sparsity=0.5).apply(captured, "conv2d")`.
+
+They are loaded when first used. A verb that another package registers is in `fxcompress.passbase.VERBS`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fxcompress.passes.mask import Mask as Mask
+    from fxcompress.passes.remove import Remove as Remove
+
+_FILES = {"Mask": "mask", "Remove": "remove"}
+
+__all__ = ["Mask", "Remove"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _FILES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_FILES[name]}"), name)
