@@ -55,7 +55,7 @@ _HOMES = {
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 _MODULES = ("passes", "plan")  # `fxcompress.plan` is a package that can be called: plan(policy, model, inputs)
 
-__all__ = sorted([*_HOME, *_MODULES, "__version__"])
+__all__ = sorted([*_HOME, *_MODULES, "__version__"])  # noqa: PLE0605 (from the table: names stand in one place)
 
 
 def __getattr__(name: str) -> object:
