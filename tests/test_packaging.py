@@ -15,13 +15,18 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ("fxcompress", "passes", "grammar", "pyproject.toml", "README.md", "LICENSE")
-DATA = (".py", ".md", ".fxc", ".lark", ".typed")
+DATA = (".py", ".md", ".fxc", ".lark", ".json", ".typed")
+
+
+def run(*command: str | Path, cwd: Path) -> tuple[int, str]:
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
 
 
 def python(*args: str | Path, cwd: Path, executable: str | Path = sys.executable) -> str:
-    run = subprocess.run([executable, *args], cwd=cwd, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
-    return run.stdout
+    code, output = run(executable, *args, cwd=cwd)
+    assert code == 0, output
+    return output
 
 
 @pytest.fixture(scope="module")
@@ -79,23 +84,27 @@ def fresh(built: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def test_the_wheel_checks_a_policy(fresh: Path) -> None:
-    policy = shutil.copy(ROOT / "examples/lenet_mnist/policy.fxc", fresh / "policy.fxc")
-    run = subprocess.run([fresh / "venv/bin/fxcompress", "check", policy], cwd=fresh, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
+    command = fresh / "venv/bin/fxcompress"
+    shutil.copy(ROOT / "examples/lenet_mnist/policy.fxc", fresh / "policy.fxc")
+    code, output = run(command, "check", "policy.fxc", cwd=fresh)
+    assert code == 0, output
     (fresh / "wrong.fxc").write_text("policy p { mask linear { sparsty = 50% } }\n", encoding="utf-8")
-    run = subprocess.run([fresh / "venv/bin/fxcompress", "check", "wrong.fxc"], cwd=fresh, capture_output=True,
-                         text=True)
-    assert run.returncode == 1
-    assert "sparsity" in run.stdout + run.stderr
+    code, output = run(command, "check", "wrong.fxc", cwd=fresh)
+    assert code == 1
+    assert "sparsity" in output
+
+
+FROM_THE_WHEEL = """
+import torch, fxcompress, fxcompress.grammar, fxcompress.passes
+captured = fxcompress.capture(torch.nn.Sequential(torch.nn.Linear(8, 2)), (torch.zeros(1, 8),))
+fxcompress.passes.Mask(sparsity=0.5, by="magnitude").apply(captured, "linear")
+for module in (fxcompress, fxcompress.passes, fxcompress.grammar):
+    print(module.__file__)
+"""
 
 
 def test_the_wheel_is_what_is_imported(fresh: Path) -> None:
-    code = ("import fxcompress, fxcompress.grammar, fxcompress.passes\n"
-            "captured = fxcompress.capture(__import__('torch').nn.Sequential(__import__('torch').nn.Linear(8, 2)),"
-            " (__import__('torch').zeros(1, 8),))\n"
-            "fxcompress.passes.Mask(sparsity=0.5, by='magnitude').apply(captured, 'linear')\n"
-            "for module in (fxcompress, fxcompress.passes, fxcompress.grammar): print(module.__file__)")
-    files = python("-c", code, cwd=fresh, executable=fresh / "venv/bin/python").splitlines()
+    files = python("-c", FROM_THE_WHEEL, cwd=fresh, executable=fresh / "venv/bin/python").splitlines()
     assert len(files) == 3
     assert all(Path(file).is_relative_to(fresh / "venv") for file in files), files
 
