@@ -67,6 +67,19 @@ class Pass:
     facet: ClassVar[Facet]
     whats: ClassVar[Mapping[str, str]] = {}  # `channels` in `remove channels(S)`: name -> doc line; empty: none
     kinds: ClassVar[tuple[str, ...]] = ()  # operator kinds it works on; empty: any
+    pairs: ClassVar[bool] = False  # takes `pair student <- teacher { ... }` in its block
+    pair_params: ClassVar[tuple[Param, ...]] = ()  # the settings of a pair
+    takes_teacher: ClassVar[bool] = False  # takes `from teacher`, and may do without a selector
+
+    def __post_init__(self) -> None:
+        """Check and convert every parameter: Python values and texts in the policy's syntax alike (`"60%"`). Raises
+        PolicyError. A subclass that checks more calls this first."""
+        from .policy.convert import coerce
+
+        for parameter in self.parameters():
+            value = getattr(self, parameter.name)
+            if parameter.required or value is not parameter.default:
+                object.__setattr__(self, parameter.name, coerce(parameter.type, value, parameter.name))
 
     @classmethod
     def parameters(cls) -> tuple[Param, ...]:
@@ -133,7 +146,11 @@ VERBS: Registry[type[Pass]] = Registry(
 )
 
 ScoreFunction = Callable[..., Any]  # see `passes/shared/scores.py` for the arguments
-SCORES: Registry[ScoreFunction] = Registry("score", "fxcompress.scores", {})
+SCORES: Registry[Any] = Registry(  # `fxcompress.passes.shared.scores.Score`, or a function of the weight alone
+    "score", "fxcompress.scores",
+    {name: f"fxcompress.passes.shared.scores:{name.upper()}"
+     for name in ("magnitude", "l2", "random", "gradient", "movement")},
+)
 CRITERIA: Registry[ScoreFunction] = Registry("criterion", "fxcompress.criteria", {})
 
 

@@ -75,3 +75,13 @@ class Ramp:
         """The value at `progress` in [0, 1] of the phase; outside it the ends hold."""
         moved = RAMPS[self.shape](min(1.0, max(0.0, progress)))
         return self.start + (self.end - self.start) * moved
+
+
+@dataclass(frozen=True)
+class Unset:
+    """The value of a parameter that rests on policy parameters not given yet: checked by their declared types only."""
+
+    names: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"(needs {', '.join(self.names)})"
