@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fxcompress.passes.mask import Mask as Mask
     from fxcompress.passes.remove import Remove as Remove
+    from fxcompress.passes.shared.scores import register_score as register_score
 
-_FILES = {"Mask": "mask", "Remove": "remove"}
+_FILES = {"Mask": "mask", "Remove": "remove", "register_score": "shared.scores"}
 
-__all__ = ["Mask", "Remove"]
+__all__ = ["Mask", "Remove", "register_score"]
 
 
 def __getattr__(name: str) -> object:

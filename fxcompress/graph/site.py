@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor, fx
 
-from ..policy.values import Ramp
+from ..policy.values import Duration, Ramp
 from ..source import Span
 
 UNKNOWN_WEIGHTS = "(known after weights)"
@@ -39,12 +40,17 @@ class Change:
 
 @dataclass(frozen=True)
 class Scheduled:
-    """A number that moves in training: the engine evaluates `ramp` and calls `write(value)` at the times of `every`."""
+    """A number that moves in training: the engine evaluates `ramp` and calls `write(value)` at the times of `every`.
+
+    `write` says whether it could do so; False (no gradients have been seen yet) is tried again at the next step.
+    """
 
     name: str
     ramp: Ramp | float
-    write: Callable[[float], None]
-    every: object | None = None  # a Duration, or None for every step
+    write: Callable[[float], bool]
+    every: Duration | None = None  # None: every step for a ramp, once for a constant
+    rewind: Literal["initial"] | Duration | None = None  # where all weights go back to after each write
+    written: bool = False  # the rewrite has written the first value itself
 
 
 @dataclass(frozen=True)

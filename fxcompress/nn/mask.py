@@ -1,0 +1,83 @@
+"""A mask on a parameter: a module of its own, so that the graph shows where it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+Evidence = Literal["none", "gradient", "movement"]
+
+
+class Mask(nn.Module):
+    """Multiplies a parameter by a buffer of ones and zeros; the parameter stays dense and trainable.
+
+    `mask` is boolean, of the parameter's shape; True keeps an entry. With `evidence`, each backward pass also adds to the
+    buffer `evidence` (float, same shape) what scores by gradient need. It is taken at the *masked* parameter, so that
+    entries that are masked now collect it as well (the straight-through estimate):
+
+    * `gradient`: the sum of the loss gradients since the last selection
+    * `movement`: the sum of −weight · gradient since the mask was put in (Sanh, Wolf and Rush, "Movement Pruning",
+      2020, equation 2)
+
+    `seen` says that there was a backward pass, `stale` that there was none since the last selection: what was collected
+    stays usable until news come. Entries that are not finite (a step that a gradient scaler skips) count as zero.
+    """
+
+    fxc_kind: ClassVar[str] = "mask"
+    mask: Tensor
+    evidence: Tensor | None
+    seen: Tensor | None
+    stale: Tensor | None
+
+    def __init__(self, shape: Sequence[int], evidence: Evidence = "none", *, device: torch.device | None = None,
+                 dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.collects: Evidence = evidence
+        kept = evidence != "none"
+        self.register_buffer("mask", torch.ones(tuple(shape), dtype=torch.bool, device=device))
+        self.register_buffer("evidence", torch.zeros(tuple(shape), dtype=dtype, device=device) if kept else None)
+        for name in ("seen", "stale"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.bool, device=device) if kept else None)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """`weight` with the masked entries at zero, of the same shape and dtype."""
+        masked = weight * self.mask
+        if self.evidence is not None and masked.requires_grad:
+            masked.register_hook(partial(self.collect, weight.detach()))
+        return masked
+
+    def collect(self, weight: Tensor, gradient: Tensor) -> None:
+        """Take up the gradient of the loss at the masked parameter, one backward pass's."""
+        assert self.evidence is not None and self.seen is not None and self.stale is not None
+        news = gradient.detach().nan_to_num(0.0, 0.0, 0.0)
+        if self.collects == "movement":
+            self.evidence.sub_(weight * news)
+        else:
+            self.evidence.copy_(torch.where(self.stale, news, self.evidence + news))
+        self.seen.fill_(True)
+        self.stale.fill_(False)
+
+    def put(self, keep: Tensor) -> None:
+        """Make `keep` (boolean, the parameter's shape) the mask, in place."""
+        self.mask.copy_(keep)
+        if self.stale is not None:
+            self.stale.fill_(True)
+
+    def take(self, dim: int, index: Tensor) -> None:
+        """Keep only the entries `index` along `dim`, as the parameter was cut."""
+        for name in ("mask", "evidence"):
+            buffer = getattr(self, name)
+            if buffer is not None:
+                setattr(self, name, buffer.index_select(dim, index.to(buffer.device)))
+
+    def masked(self) -> int:
+        """How many entries are masked."""
+        return int(self.mask.numel() - self.mask.sum())
+
+    def extra_repr(self) -> str:
+        """Shape and evidence."""
+        return f"{tuple(self.mask.shape)}" + (f", evidence={self.collects!r}" if self.collects != "none" else "")
