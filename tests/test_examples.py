@@ -26,7 +26,7 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """The demo with 3 epochs for 20: what it printed, and its artifact."""
+    """The demo with 3 epochs for 30: what it printed, and its artifact."""
     folder = tmp_path_factory.mktemp("demo")
     script, artifact = EXAMPLES / "lenet_mnist/demo.py", folder / "lenet"
     return run(sys.executable, script, "--epochs", "3", "--out", artifact, cwd=folder), artifact
@@ -45,10 +45,10 @@ def test_the_demo_compresses(demo: tuple[str, Path]) -> None:
     before, after = record["before"], record["after"]
     assert before["params"] == before["nonzero"] == 61_706  # LeNet-5
     assert before["macs"] == 416_520  # 117,600 + 240,000 + 48,000 + 10,080 + 840
-    assert after["params"] <= 0.3 * before["params"]
+    assert after["params"] <= 0.4 * before["params"]
     assert after["nonzero"] <= 0.35 * after["params"]
-    assert after["macs"] <= 0.4 * before["macs"]
-    assert after["file"] <= 0.35 * before["file"]
+    assert after["macs"] <= 0.5 * before["macs"]
+    assert after["file"] <= 0.45 * before["file"]
     assert after["accuracy"] > before["accuracy"] - 0.05
     assert len(record["history"]) == 3
 

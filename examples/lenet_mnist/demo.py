@@ -123,7 +123,7 @@ def load_elsewhere(artifact: Path) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=20, help="epochs to train, and again while compressing")
+    parser.add_argument("--epochs", type=int, default=30, help="epochs to train, and again while compressing")
     parser.add_argument("--out", type=Path, default=Path("out/lenet_mnist"), help="where the artifact goes")
     args = parser.parse_args()
     torch.manual_seed(0)
