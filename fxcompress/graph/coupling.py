@@ -1,0 +1,189 @@
+"""Channel coupling, exactly: which slices of which parameters must leave a model together.
+
+`analyse` interprets the graph once (`coupling_flow.py`, rules in `rules/`) and joins equal labels with one call to
+`scipy.sparse.csgraph.connected_components`. A component is the unit of removal. Its labels touch the model's inputs or
+outputs, or an operator without a rule: then it can't be removed, and `barrier` says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import breadth_first_order, connected_components
+from torch import fx
+
+from . import rules
+from .captured import Captured
+from .coupling_flow import Event, Flow, Labels, Produced, TensorLabels, run
+from .ops import arguments
+
+Mask = npt.NDArray[np.bool_]
+
+__all__ = ["Coupling", "Slice", "analyse", "rules"]
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One dimension of a parameter or buffer: the component of each index, -1 where it belongs to none."""
+
+    owner: TensorLabels
+    dim: int
+    components: Labels
+
+    @property
+    def name(self) -> str:
+        """The tensor's first name in the model."""
+        return self.owner.names[0]
+
+
+@dataclass
+class Coupling:
+    """The components of a graph. Arrays are indexed by component, `component` by label."""
+
+    flow: Flow
+    component: Labels
+    count: int
+
+    @property
+    def captured(self) -> Captured:
+        """The model that was analysed."""
+        return self.flow.captured
+
+    def of(self, labels: Labels) -> Labels:
+        """The components of labels; -1 stays."""
+        return np.where(labels >= 0, self.component[labels], -1)
+
+    def touched(self, labels: Labels) -> Mask:
+        """The components that `labels` belong to, as one truth value each."""
+        mask = np.zeros(self.count, dtype=np.bool_)
+        mask[self.component[labels[labels >= 0]]] = True
+        return mask
+
+    def _marked(self, events: list[tuple[Labels, Event]]) -> Labels:
+        """For each component the number of the first event that touches it, -1 for none."""
+        first = np.full(self.count, -1, dtype=np.int64)
+        for place in range(len(events) - 1, -1, -1):
+            labels = events[place][0]
+            first[self.component[labels[labels >= 0]]] = place
+        return first
+
+    @cached_property
+    def _barriers(self) -> Labels:
+        return self._marked(self.flow.fixed)
+
+    @cached_property
+    def _notices(self) -> Labels:
+        return self._marked(self.flow.noticed)
+
+    @property
+    def barred(self) -> Mask:
+        """Components that can't be removed."""
+        barred: Mask = self._barriers >= 0
+        return barred
+
+    @property
+    def inexact(self) -> Mask:
+        """Components whose removal a normalisation notices."""
+        inexact: Mask = self._notices >= 0
+        return inexact
+
+    def barrier(self, component: int) -> Event | None:
+        """What keeps a component in the model."""
+        place = int(self._barriers[component])
+        return self.flow.fixed[place][1] if place >= 0 else None
+
+    def notice(self, component: int) -> Event | None:
+        """What makes a component inexact."""
+        place = int(self._notices[component])
+        return self.flow.noticed[place][1] if place >= 0 else None
+
+    @cached_property
+    def slices(self) -> list[Slice]:
+        """Every tracked dimension of every parameter and buffer."""
+        return [Slice(owner, place, self.of(dim)) for owner in self.flow.tensors.values()
+                for place, dim in enumerate(owner.dims) if dim is not None]
+
+    @cached_property
+    def produced(self) -> dict[fx.Node, list[Produced]]:
+        """The channels each node makes."""
+        found: dict[fx.Node, list[Produced]] = {}
+        for entry in self.flow.produced:
+            found.setdefault(entry.node, []).append(entry)
+        return found
+
+    @cached_property
+    def signature(self) -> npt.NDArray[np.uint64]:
+        """A number for each component, equal for those that take the same share of the same dimensions: removing one or
+        another of them leaves tensors of the same shapes. Sums of random 64-bit numbers, one a dimension."""
+        generator = np.random.default_rng(0)
+        signature = np.zeros(self.count, dtype=np.uint64)
+        for part in self.slices:
+            number = generator.integers(1, 2**63, dtype=np.uint64)
+            np.add.at(signature, part.components[part.components >= 0], number)
+        return signature
+
+    @cached_property
+    def heads(self) -> Mask:
+        """Components that are heads of an attention, or places in every head of it."""
+        mask = np.zeros(self.count, dtype=np.bool_)
+        for labels, _ in self.flow.heads:
+            mask |= self.touched(labels)
+        return mask
+
+    def tying(self, one: Labels, other: Labels) -> Iterator[fx.Node]:
+        """The operators on a shortest chain of ties from `one` to `other` (labels of two layers), nearest first."""
+        shared = np.intersect1d(self.of(one[one >= 0]), self.of(other[other >= 0]))
+        if not len(shared):
+            return
+        component = shared[0]
+        start = int(one[self.of(one) == component][0])
+        ends = set(other[self.of(other) == component].tolist())
+        inside = self.component[self._edges[0]] == component
+        a, b, nodes = (array[inside] for array in self._edges)
+        order, before = breadth_first_order(
+            coo_matrix((np.ones(len(a)), (a, b)), shape=(len(self.component),) * 2).tocsr(), start, directed=False)
+        reached = next((int(label) for label in order if int(label) in ends), None)
+        by_pair = {frozenset((int(x), int(y))): int(n) for x, y, n in zip(a, b, nodes, strict=True)}
+        chain = []
+        while reached is not None and reached != start:
+            previous = int(before[reached])
+            chain.append(by_pair[frozenset((previous, reached))])
+            reached = previous
+        for place in dict.fromkeys(reversed(chain)):
+            yield self.flow.nodes[place]
+
+    @cached_property
+    def _edges(self) -> tuple[Labels, Labels, Labels]:
+        return _edges(self.flow)
+
+
+def _edges(flow: Flow) -> tuple[Labels, Labels, Labels]:
+    """Every tie as (label, label, number of the node that ties them)."""
+    if not flow.ties:
+        empty = np.zeros(0, dtype=np.int64)
+        return empty, empty, empty
+    a = np.concatenate([tie[0] for tie in flow.ties])
+    b = np.concatenate([tie[1] for tie in flow.ties])
+    nodes = np.repeat([tie[2] for tie in flow.ties], [len(tie[0]) for tie in flow.ties])
+    free = (a >= 0) & (b >= 0)
+    return a[free], b[free], nodes[free]
+
+
+def analyse(captured: Captured, split: str = "heads", flipped: frozenset[str] = frozenset()) -> Coupling:
+    """The coupling of `captured`, in time linear in its nodes and channels.
+
+    `split` says which axis of a head split stays removable: whole "heads", or the same place in every head
+    ("head_dim"). Grouped operators and shuffles take the form that leaves more to remove; nodes in `flipped` the other.
+    Never raises for want of a rule.
+    """
+    flow = Flow(captured, split, flipped)
+    run(flow, arguments)
+    a, b, _ = _edges(flow)
+    graph = coo_matrix((np.ones(len(a), dtype=np.int8), (a, b)), shape=(flow.count, flow.count))
+    count, component = connected_components(graph, directed=False) if flow.count else (0, np.zeros(0))
+    return Coupling(flow, component.astype(np.int64), int(count))

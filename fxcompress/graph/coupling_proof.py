@@ -1,0 +1,167 @@
+"""The proof of a removal: the smaller model equals the larger one with the consumers' weights for what left set to zero.
+
+Both run on the example inputs, in evaluation mode. Zeroing is done where labels are contracted away: in the weights of
+the layer that sums over them, or, for a product of two computed values, in one of its operands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from ..diagnostics import Diagnostic, RewriteError
+from .captured import Captured, Example
+from .coupling import Coupling
+from .coupling_edit import Kept
+from .coupling_flow import Consumed
+
+TOLERANCE = 1e-4  # relative to the largest output, in float32
+TOLERANCE_64 = 1e-9
+
+
+@dataclass(frozen=True)
+class Proof:
+    """The worst relative difference of two outputs, and the precision they were computed in."""
+
+    error: float
+    dtype: torch.dtype
+
+    @property
+    def holds(self) -> bool:
+        """Whether the outputs are equal up to rounding."""
+        return self.error <= (TOLERANCE_64 if self.dtype == torch.float64 else TOLERANCE)
+
+
+def prove(original: Captured, rewritten: Captured, coupling: Coupling, gone: Kept, example: Example | None = None) -> Proof:
+    """Compare `rewritten` with `original`, whose `coupling` it is, its consumers' weights for the labels `gone` zeroed.
+
+    A difference in float32 that float64 doesn't confirm is rounding; then the proof is the one in float64. Raises
+    RewriteError (FXC0541) if the difference is real. Both models and their modes are left as they were.
+    """
+    example = example or original.example
+    proof = _compare(original, rewritten, coupling, gone, example, None)
+    if not proof.holds:
+        proof = _compare(original, rewritten, coupling, gone, example, torch.float64)
+    if not proof.holds:
+        raise RewriteError([Diagnostic(
+            "FXC0541", f"the model with its channels removed differs from the model with them zeroed by {proof.error:.2g}",
+            notes=("the difference is relative to the largest output, on the example inputs, in float64",
+                   "nothing was changed"),
+            help="this is a defect of a transfer rule: please report it with the model; until then leave the layers at fault "
+                 "out of the selection")])
+    return proof
+
+
+def _compare(original: Captured, rewritten: Captured, coupling: Coupling, gone: Kept, example: Example,
+             dtype: torch.dtype | None) -> Proof:
+    inputs = _inputs(original, example, dtype)
+    with torch.no_grad(), _precision(original.module, dtype), _evaluating(original.module):
+        expected = _zeroed(original.module, coupling, gone, inputs)
+    with torch.no_grad(), _precision(rewritten.module, dtype), _evaluating(rewritten.module):
+        found = fx.Interpreter(rewritten.module).run(*inputs)
+    return Proof(difference(expected, found), dtype or torch.float32)
+
+
+def difference(expected: object, found: object) -> float:
+    """The largest difference of two nests of tensors, relative to the largest value expected in each."""
+    worst = 0.0
+    one, two = tree_flatten(expected)[0], tree_flatten(found)[0]
+    if len(one) != len(two):
+        return float("inf")
+    for a, b in zip(one, two, strict=True):
+        if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+            continue
+        if a.shape != b.shape:
+            return float("inf")
+        if a.numel():
+            a, b = a.detach().double(), b.detach().double()
+            error = (a - b).abs().max() / a.abs().max().clamp(min=1e-12)
+            worst = max(worst, float(error.nan_to_num(nan=float("inf"), posinf=float("inf"))))
+    return worst
+
+
+def _inputs(captured: Captured, example: Example, dtype: torch.dtype | None) -> list[Any]:
+    """The example inputs in the order of the graph's placeholders, in another precision if asked for."""
+    given, values = iter(example.args), []
+    for node in captured.module.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        value = example.kwargs[node.name] if node.name in example.kwargs else next(given, *node.args[:1])
+        values.append(tree_map(lambda leaf: _cast(leaf, dtype), value))
+    return values
+
+
+def _cast(value: Any, dtype: torch.dtype | None) -> Any:
+    return value.to(dtype) if dtype is not None and isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and afterwards every module in the mode it was in."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+
+
+@contextmanager
+def _precision(module: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """Floating-point parameters and buffers in another precision, and afterwards the very same data as before."""
+    held = [tensor for tensor in (*module.parameters(), *module.buffers()) if dtype and tensor.is_floating_point()]
+    data = [tensor.data for tensor in held]
+    for tensor in held:
+        tensor.data = tensor.data.to(dtype)
+    try:
+        yield
+    finally:
+        for tensor, old in zip(held, data, strict=True):
+            tensor.data = old
+
+
+class _Masked(fx.Interpreter):
+    """Runs a graph with some inputs of some nodes zeroed along a dimension."""
+
+    def __init__(self, module: fx.GraphModule, entries: list[tuple[Consumed, Tensor]]) -> None:
+        super().__init__(module)
+        self.masks: dict[fx.Node, list[tuple[Consumed, Tensor]]] = {}
+        for entry, gone in entries:
+            self.masks.setdefault(entry.node, []).append((entry, gone))
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run `n` on inputs of which what left is zero."""
+        held = {entry.target: self.env[entry.target] for entry, _ in self.masks.get(n, ())}  # type: ignore[index]
+        for entry, gone in self.masks.get(n, ()):
+            self.env[entry.target] = self.env[entry.target].index_fill(entry.dim, gone, 0)  # type: ignore[index]
+        result = super().run_node(n)
+        self.env.update({node: value for node, value in held.items() if node in self.env})  # type: ignore[misc]
+        return result
+
+
+def _zeroed(module: fx.GraphModule, coupling: Coupling, gone: Kept, inputs: list[Any]) -> Any:
+    """The outputs of the original with its consumers' weights zeroed; the weights come back whole."""
+    entries = [(entry, torch.from_numpy(np.flatnonzero((entry.labels >= 0) & gone[entry.labels])))
+               for entry in coupling.flow.consumed]
+    entries = [(entry, places) for entry, places in entries if len(places)]
+    tensors = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    saved: list[tuple[Tensor, Tensor]] = []
+    for entry, places in entries:
+        if isinstance(entry.target, str):
+            tensor = tensors[entry.target]
+            saved.append((tensor, tensor.data))
+            tensor.data = tensor.data.index_fill(entry.dim, places.to(tensor.device), 0)
+    try:
+        masks = [(entry, places) for entry, places in entries if isinstance(entry.target, fx.Node)]
+        return _Masked(module, masks).run(*inputs)
+    finally:
+        for tensor, data in reversed(saved):
+            tensor.data = data

@@ -1,0 +1,128 @@
+"""How many components leave, and which: the counts a ratio asks for, rounding, and the least that must stay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from fxcompress.graph.coupling import Mask
+from fxcompress.passes.shared.layers import Groups, Ints, Layer
+
+if TYPE_CHECKING:
+    from fxcompress.passes.remove import Remove
+
+Scores = npt.NDArray[np.float64]
+
+
+@dataclass
+class Ranking:
+    """Chooses the components that leave. `scores` has one number a component, higher for what should stay."""
+
+    settings: Remove
+    groups: Groups
+    scores: Scores
+    doomed: Mask = field(init=False)
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.doomed = np.zeros(self.groups.coupling.count, dtype=np.bool_)
+
+    def choose(self) -> Mask:
+        """The components to remove, so that every layer keeps a channel, `min_channels`, and a multiple of `align`."""
+        keep = self._global() if self.settings.scope == "global" else self._local()
+        for cluster, layers in zip(self.groups.clusters, self.groups.in_cluster, strict=True):
+            if len(cluster) == 1:
+                keep[cluster[0]] = self._aligned(cluster[0], layers, keep[cluster[0]])
+        for members, count in zip(self.groups.members, keep, strict=True):
+            order = members[np.argsort(self.scores[members], kind="stable")]
+            self.doomed[order[: len(members) - count]] = True
+        self._keep_enough()
+        return self.doomed
+
+    def _local(self) -> list[int]:
+        """How many of each group stay: the same share everywhere; what rounding leaves over goes to the next group of the
+        cluster."""
+        keep = [0] * len(self.groups.members)
+        for cluster in self.groups.clusters:
+            owed = 0.0
+            for group in cluster:
+                size = len(self.groups.members[group])
+                wanted = size * self.settings.ratio + owed
+                leaving = min(size, max(0, int(np.floor(wanted + 0.5))))
+                owed = wanted - leaving
+                keep[group] = size - leaving
+        return keep
+
+    def _global(self) -> list[int]:
+        """One ranking over all groups. Scores are divided by their group's mean, so that layers of different scale compare;
+        a component counts as many times as it takes channels of selected layers."""
+        members = np.concatenate(self.groups.members)
+        scores, weights = np.zeros(len(self.scores)), np.zeros(len(self.scores))
+        for group, inside in enumerate(self.groups.members):
+            mean = float(np.abs(self.scores[inside]).mean())
+            scores[inside] = self.scores[inside] / (mean or 1.0)
+            weights[inside] = sum(share.get(group, 0) for share, layer in zip(self.groups.shares, self.groups.layers, strict=True)
+                                  if layer.selected)
+        order = members[np.argsort(scores[members], kind="stable")]
+        total = np.cumsum(weights[order])
+        leaving = order[: int(np.searchsorted(total, self.settings.ratio * total[-1] + 1e-9, side="right"))]
+        out = np.bincount(self.groups.of[leaving], minlength=len(self.groups.members))
+        return [len(inside) - int(left) for inside, left in zip(self.groups.members, out, strict=True)]
+
+    def _aligned(self, group: int, layers: list[int], wanted: int) -> int:
+        """The number to keep nearest to `wanted` with which every layer of a group that stands alone keeps enough channels,
+        and a multiple of `align`; the larger of two as near."""
+        size = len(self.groups.members[group])
+        options = np.arange(1, size + 1)
+        valid = np.ones(size, dtype=np.bool_)
+        for number in layers:
+            layer, each = self.groups.layers[number], self.groups.shares[number][group]
+            left = len(layer.components) - each * (size - options)
+            valid &= (left % self.settings.align == 0) & (left >= min(self.settings.min_channels, len(layer.components)))
+        if not valid.any():
+            if self.settings.align > 1:
+                path = self.groups.layers[layers[0]].path
+                self.notes.append(f"{path}: no number of channels is a multiple of {self.settings.align}; it stays as it is")
+            return size
+        return int(options[valid][np.argmin(np.abs(options[valid] - wanted) - 1e-6 * options[valid])])
+
+    def _keep_enough(self) -> None:
+        """Bring the most important back where a dimension would be left empty, below `min_channels` or off `align`; this
+        only ever adds, so it ends."""
+        settings = self.settings
+        for part in self.groups.coupling.slices:
+            self._restore(part.components, 1)
+        for labels in self.groups.coupling.flow.pieces:
+            self._restore(self.groups.coupling.of(labels), 1)
+        for layer in self.groups.layers:
+            self._restore(layer.components, settings.min_channels)
+        changed = settings.align > 1
+        while changed:
+            changed = False
+            for layer in self.groups.layers:
+                over = self._left(layer) % settings.align
+                if over and self.doomed[layer.components[layer.components >= 0]].any():
+                    changed |= self._restore(layer.components, self._left(layer) - over + settings.align)
+
+    def _left(self, layer: Layer) -> int:
+        return len(layer.components) - int(self._leaving(layer.components).sum())
+
+    def _leaving(self, components: Ints) -> Mask:
+        leaving: Mask = (components >= 0) & self.doomed[components]
+        return leaving
+
+    def _restore(self, components: Ints, least: int) -> bool:
+        """Keep at least `least` of the indices with these components; whether anything came back."""
+        leaving = components[self._leaving(components)]
+        missing = min(least, len(components)) - (len(components) - len(leaving))
+        if missing <= 0:
+            return False
+        for component in sorted(set(leaving.tolist()), key=lambda c: (-self.scores[c], c)):
+            self.doomed[component] = False
+            missing -= int((leaving == component).sum())
+            if missing <= 0:
+                break
+        return True

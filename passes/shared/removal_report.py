@@ -1,0 +1,117 @@
+"""What `remove` says of its work: each layer before and after and why, ratios that weren't reached, barriers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import fx
+
+from fxcompress.graph.coupling import Coupling, Mask
+from fxcompress.graph.ops import kind_of, path_of
+from fxcompress.graph.site import Change
+from fxcompress.passes.shared.layers import Layer
+
+if TYPE_CHECKING:
+    from fxcompress.passes.remove import Remove
+
+_PARAMETERISED = ("conv", "linear", "batchnorm", "layernorm", "groupnorm", "embedding", "parameter", "instancenorm")
+
+
+def place_of(node: fx.Node) -> str:
+    """`add at resnet.py:102`, or the operator with its path where the source isn't known."""
+    kind, source = kind_of(node), getattr(node.meta.get("fxc"), "source", "") or ""
+    if kind == "output":
+        return "output"
+    return f"{kind} at {source.split(' ')[0]}" if source else f"{kind} ({path_of(node) or node.name})"
+
+
+def coupled_reason(coupling: Coupling, layers: list[Layer], layer: Layer) -> str:
+    """`coupled by add at resnet.py:102`: the operator that ties `layer` to a selected layer."""
+    for other in layers:
+        if other.selected and len(np.intersect1d(other.components[other.components >= 0], layer.components)):
+            chain = list(coupling.tying(other.made.labels, layer.made.labels))
+            joints = [node for node in chain if not kind_of(node).startswith(_PARAMETERISED)] or chain
+            return f"coupled to {other.path} by {place_of(joints[0])}" if joints else f"coupled to {other.path}"
+    return "coupled"
+
+
+def blocked(coupling: Coupling, layers: list[Layer], wanted: Mask) -> list[str]:
+    """One line for each barrier that keeps channels of selected layers in the model."""
+    lines: dict[str, list[str]] = {}
+    for layer in layers:
+        if not layer.selected:
+            continue
+        inside = np.unique(layer.components[layer.components >= 0])
+        inside = inside[wanted[inside] & coupling.barred[inside]]
+        if len(inside):
+            event = coupling.barrier(int(inside[0]))
+            assert event is not None
+            lines.setdefault(f"{place_of(event.node)} {event.reason}", []).append(layer.path)
+    return [f"{_names(paths)} can't shrink: {reason}" for reason, paths in lines.items()]
+
+
+def _names(paths: list[str]) -> str:
+    paths = list(dict.fromkeys(paths))
+    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+
+
+def shortfalls(settings: Remove, coupling: Coupling, layers: list[Layer], wanted: Mask, doomed: Mask) -> list[str]:
+    """The barriers met, and each selected layer of which less left than asked for by more than rounding to a channel."""
+    notes = blocked(coupling, layers, wanted)
+    if settings.scope == "global":
+        return notes
+    for layer in layers:
+        inside = layer.components[layer.components >= 0]
+        speaks = inside[wanted[inside] & ~coupling.barred[inside]]
+        if not layer.selected or not len(speaks):
+            continue
+        left = int(doomed[speaks].sum())
+        each = len(speaks) / len(np.unique(speaks))
+        if left < settings.ratio * len(speaks) - max(each, 1.0):
+            reason = " or ".join(_limits(settings)) or "what it is coupled to doesn't shrink further"
+            notes.append(f"{layer.path}: {left / len(speaks):.0%} removed of {settings.ratio:.0%} asked, because of {reason}")
+    return notes
+
+
+def _limits(settings: Remove) -> list[str]:
+    limits = []
+    if settings.align > 1:
+        limits.append(f"align = {settings.align}")
+    if settings.min_channels > 1:
+        limits.append(f"min_channels = {settings.min_channels}")
+    if settings.couple == "skip":
+        limits.append("couple = skip")
+    return limits
+
+
+def changes_of(coupling: Coupling, layers: list[Layer], doomed: Mask,
+               kinds: Mapping[fx.Node, str]) -> list[tuple[fx.Node, Change]]:
+    """What gets smaller, in graph order: layers that make fewer channels, that read fewer, and norms between."""
+    found: list[tuple[fx.Node, Change]] = []
+    seen: set[tuple[str, str]] = set()
+
+    def add(node: fx.Node, what: str, labels: np.ndarray, why: str) -> None:  # type: ignore[type-arg]
+        components = coupling.of(labels)
+        left = len(components) - int(((components >= 0) & doomed[components]).sum())
+        path = path_of(node) or node.name
+        if left < len(components) and (path, what) not in seen:
+            seen.add((path, what))
+            found.append((node, Change(path, kinds[node], what, str(len(components)), str(left), why)))
+
+    for layer in layers:
+        if doomed[layer.components[layer.components >= 0]].any():
+            why = "selected" if layer.selected else "follows its input" if layer.follows else coupled_reason(
+                coupling, layers, layer)
+            add(layer.node, layer.what, layer.made.labels, why)
+    for entry in coupling.flow.consumed:
+        if isinstance(entry.target, str) and not kinds[entry.node].startswith(("lstm", "gru", "rnn")):
+            add(entry.node, "in_features" if kinds[entry.node] == "linear" else "in_channels", entry.labels, "reads what left")
+    for node in coupling.flow.nodes:
+        if node.op == "call_module" and "norm" in kinds[node] and coupling.flow.has(f"{node.target}.weight"):
+            for labels in coupling.flow.tensor(f"{node.target}.weight")[:1]:
+                if labels is not None:
+                    add(node, "num_features", labels, "follows its input")
+    order = coupling.flow.index
+    return sorted(found, key=lambda entry: order[entry[0]])

@@ -1,0 +1,259 @@
+"""The rewrite of `remove`: what can leave of a selection, how much of it, the removal itself and its proof."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from fxcompress.diagnostics import Diagnostic, Label, PlanError
+from fxcompress.graph.captured import Captured
+from fxcompress.graph.coupling import Coupling, Mask, analyse
+from fxcompress.graph.coupling_apply import Removal
+from fxcompress.graph.coupling_apply import remove as apply_removal
+from fxcompress.graph.coupling_proof import prove
+from fxcompress.graph.ops import kind_of
+from fxcompress.graph.provenance import touch
+from fxcompress.graph.site import UNKNOWN_WEIGHTS, Change, Outcome, Site
+from fxcompress.passbase import CRITERIA
+from fxcompress.passes.shared.criteria import Part, Scoring
+from fxcompress.passes.shared.layers import Groups, Layer, layers_of, mask_of
+from fxcompress.passes.shared.ranking import Ranking, Scores
+from fxcompress.passes.shared.removal_report import blocked, changes_of, coupled_reason, place_of, shortfalls
+
+if TYPE_CHECKING:
+    from fxcompress.passes.remove import Remove
+
+_NORMS = frozenset((*(f"batchnorm{n}d" for n in (1, 2, 3)), "batchnorm"))
+
+
+def remove(settings: Remove, captured: Captured, site: Site) -> Outcome:
+    """Remove what `settings` asks for from the layers of `site`; see `Remove.rewrite`."""
+    what = site.what or "channels"
+    coupling = analyse(captured, "head_dim" if what == "head_dim" else "heads")
+    layers = layers_of(coupling, site.nodes)
+    wanted = _wanted(coupling, layers, what, site)
+    candidates = wanted & ~coupling.barred
+    notes: list[str] = []
+    if candidates.any():
+        candidates = _coupled(settings, coupling, layers, candidates, site, notes)
+    if settings.exact:
+        _refuse_inexact(coupling, layers, candidates, site)
+    groups = Groups(coupling, layers, candidates)
+    doomed = np.zeros(coupling.count, dtype=np.bool_)
+    if candidates.any():
+        ranking = Ranking(settings, groups, _scores(settings, captured, coupling, layers, candidates))
+        doomed = ranking.choose()
+        notes += ranking.notes
+    notes += shortfalls(settings, coupling, layers, wanted, doomed)
+    if not doomed.any():
+        raise _nothing(settings, coupling, layers, wanted, notes, site)
+    notes += _inexact_notes(coupling, layers, doomed)
+    if captured.concrete and settings.verify == "on":
+        notes += _proven(captured, coupling, doomed, what)
+    return _carried_out(settings, captured, coupling, layers, doomed, site, notes)
+
+
+def _error(code: str, message: str, site: Site, notes: list[str], help_: str) -> PlanError:
+    primary = Label(site.span) if site.span is not None else None
+    return PlanError([Diagnostic(code, message, primary, notes=tuple(notes), help=help_)])
+
+
+# What the selection means
+
+
+def _wanted(coupling: Coupling, layers: list[Layer], what: str, site: Site) -> Mask:
+    """The components that the selection speaks of."""
+    selected = [layer for layer in layers if layer.selected]
+    mask = mask_of(selected, coupling.count)
+    if what in ("heads", "head_dim"):
+        mask &= coupling.heads
+    elif what == "hidden":
+        mask &= _hidden(coupling, layers)
+    if not mask.any():
+        kinds = sorted({kind_of(node) for node in site.nodes})
+        text = {"channels": "no channels", "hidden": "no inner width of a perceptron"}.get(what, "no attention heads")
+        raise _error(
+            "FXC0342", f"what is selected has {text} to remove", site,
+            [f"selected: {len(site.nodes)} operators of kind {', '.join(kinds[:6])}"],
+            "select convolutions, linear, embedding or recurrent layers or attentions, or remove `channels` of them")
+    return mask
+
+
+def _hidden(coupling: Coupling, layers: list[Layer]) -> Mask:
+    """Channels made by linear layers (or convolutions), no heads, that one such layer reads and nothing else."""
+    readers = np.zeros(coupling.count, dtype=np.int64)
+    for entry in coupling.flow.consumed:
+        linear = kind_of(entry.node) in ("linear", "conv1d", "conv2d", "conv3d")
+        readers[coupling.touched(entry.labels)] += 1 if linear else 2
+    makers = np.ones(coupling.count, dtype=np.bool_)
+    for layer in layers:
+        if kind_of(layer.node) not in ("linear", "conv1d", "conv2d", "conv3d"):
+            makers &= ~coupling.touched(layer.made.labels)
+    return (readers == 1) & makers & ~coupling.heads & ~coupling.inexact
+
+
+def _coupled(settings: Remove, coupling: Coupling, layers: list[Layer], candidates: Mask, site: Site,
+             notes: list[str]) -> Mask:
+    """Deal with layers that are tied to selected ones without being selected."""
+    others = [layer for layer in layers if not layer.selected and not layer.follows
+              and (candidates & coupling.touched(layer.made.labels)).any()]
+    if settings.couple == "extend" or not others:
+        return candidates
+    tied = candidates & mask_of(others, coupling.count)
+    if settings.couple == "error":
+        lines = [f"{layer.path} ({kind_of(layer.node)}) is {coupled_reason(coupling, layers, layer)}" for layer in others]
+        raise _error(
+            "FXC0304", f"{len(others)} layer{'s' * (len(others) != 1)} would shrink with the selected ones, without being "
+            "selected", site, lines[:12] + [f"and {len(lines) - 12} more"] * (len(lines) > 12),
+            "select them too, or say `couple = extend` to shrink them too or `couple = skip` to leave what is tied as it is")
+    for layer in layers:
+        kept = (candidates & tied & coupling.touched(layer.made.labels)).any()
+        if layer.selected and kept:
+            other = next(o for o in others if (tied & coupling.touched(layer.made.labels)
+                                               & coupling.touched(o.made.labels)).any())
+            notes.append(f"{layer.path} keeps what is tied to {other.path}, which isn't selected (couple = skip)")
+    return candidates & ~tied
+
+
+def _refuse_inexact(coupling: Coupling, layers: list[Layer], candidates: Mask, site: Site) -> None:
+    inexact = candidates & coupling.inexact
+    if not inexact.any():
+        return
+    lines = _inexact_notes(coupling, layers, inexact)
+    raise _error("FXC0341", "what is selected can't be removed exactly", site, lines,
+                 "select layers that no normalisation over their channels reads, such as `hidden(linear)` or "
+                 "`heads(linear)`, or say `exact = false`")
+
+
+def _inexact_notes(coupling: Coupling, layers: list[Layer], chosen: Mask) -> list[str]:
+    """One line for each operator that notices a removal among `chosen`, with the layers concerned."""
+    lines: dict[str, list[str]] = {}
+    for layer in layers:
+        inside = layer.components[layer.components >= 0]
+        inside = inside[chosen[inside] & coupling.inexact[inside]]
+        if len(inside):
+            event = coupling.notice(int(inside[0]))
+            assert event is not None
+            lines.setdefault(f"{place_of(event.node)} {event.reason}", []).append(layer.path)
+    return [f"inexact: {reason}; it concerns {_listed(paths)}" for reason, paths in lines.items()]
+
+
+def _listed(paths: list[str], limit: int = 4) -> str:
+    paths = list(dict.fromkeys(paths))
+    return ", ".join(paths[:limit]) + (f" and {len(paths) - limit} more" if len(paths) > limit else "")
+
+
+def _nothing(settings: Remove, coupling: Coupling, layers: list[Layer], wanted: Mask, notes: list[str],
+             site: Site) -> PlanError:
+    reasons = blocked(coupling, layers, wanted) or notes
+    small = not (wanted & coupling.barred).any()
+    return _error("FXC0340", f"nothing can be removed from {site.selection or 'what is selected'}", site,
+                  list(dict.fromkeys(reasons + notes))[:8],
+                  "a larger `ratio`, or a smaller `align` or `min_channels`, would remove something" if small and not notes
+                  else "select layers inside the model, whose channels other layers read")
+
+
+# Scores
+
+
+def _scores(settings: Remove, captured: Captured, coupling: Coupling, layers: list[Layer], candidates: Mask) -> Scores:
+    """One number a component. On a skeleton the first ones leave."""
+    if not captured.concrete:
+        return np.arange(coupling.count, dtype=np.float64)
+    numbers = np.full(coupling.count, -1, dtype=np.int64)
+    chosen = np.flatnonzero(candidates)
+    numbers[chosen] = np.arange(len(chosen))
+    generator = torch.Generator().manual_seed(settings.seed)
+    weights = tuple(_parts(coupling, layers, numbers))
+    scales = tuple(_scales(coupling, numbers))
+    scores = CRITERIA[settings.by](Scoring(len(chosen), weights, scales, generator))
+    result = np.full(coupling.count, np.inf)
+    result[chosen] = torch.as_tensor(scores).detach().double().cpu().numpy()
+    return result
+
+
+def _parts(coupling: Coupling, layers: list[Layer], numbers: np.ndarray) -> list[Part]:  # type: ignore[type-arg]
+    """The weights that make candidate channels, each tensor once."""
+    named = dict(coupling.captured.module.named_parameters(remove_duplicate=False))
+    labels = {name: entry for entry in coupling.flow.tensors.values() for name in entry.names}
+    seen: set[tuple[int, int]] = set()
+    parts = []
+    for layer in layers:
+        for name, dim in () if layer.follows else layer.made.weights:
+            entry, tensor = labels.get(name), named.get(name)
+            if entry is None or tensor is None or entry.dims[dim] is None or (id(tensor), dim) in seen:
+                continue
+            seen.add((id(tensor), dim))
+            inside = coupling.of(entry.dims[dim])  # type: ignore[arg-type]
+            where = np.where(inside >= 0, numbers[inside], -1)
+            if (where >= 0).any():
+                parts.append(_part(layer.path, tensor, dim, where))
+    return parts
+
+
+def _part(path: str, tensor: Tensor, dim: int, where: np.ndarray) -> Part:  # type: ignore[type-arg]
+    def rows(value: Tensor) -> Tensor:
+        return value.detach().movedim(dim, 0).reshape(value.shape[dim], -1)
+
+    return Part(path, rows(tensor), torch.from_numpy(where), None if tensor.grad is None else rows(tensor.grad))
+
+
+def _scales(coupling: Coupling, numbers: np.ndarray) -> list[Part]:  # type: ignore[type-arg]
+    """The scales of batch norms on candidate channels."""
+    parts = []
+    for node in coupling.flow.nodes:
+        if node.op != "call_module" or kind_of(node) not in _NORMS:
+            continue
+        name = f"{node.target}.weight"
+        if coupling.flow.has(name):
+            dim = coupling.flow.tensor(name)[0]
+            if dim is not None:
+                inside = coupling.of(dim)
+                where = np.where(inside >= 0, numbers[inside], -1)
+                parts.append(_part(str(node.target), coupling.captured.module.get_parameter(name), 0, where))
+    return parts
+
+
+# The removal
+
+
+def _proven(captured: Captured, coupling: Coupling, doomed: Mask, what: str) -> list[str]:
+    """Carry the exact part of the removal out on a copy and compare. Returns what to note."""
+    exact = doomed & ~coupling.inexact
+    if not exact.any():
+        return ["not proven: everything that leaves is inexact"]
+    trial = captured.copy()
+    again = analyse(trial, coupling.flow.split, coupling.flow.flipped)
+    apply_removal(again, exact)
+    proof = prove(captured, trial, coupling, exact[coupling.component])
+    partly = "" if exact.sum() == doomed.sum() else f" for {int(exact.sum())} of {int(doomed.sum())} components, the exact ones"
+    return [f"proven equal to the model with these channels zeroed, to {proof.error:.1g}{partly}"]
+
+
+def _carried_out(settings: Remove, captured: Captured, coupling: Coupling, layers: list[Layer], doomed: Mask, site: Site,
+                 notes: list[str]) -> Outcome:
+    before = {node: kind_of(node) for node in coupling.flow.nodes}
+    changes = changes_of(coupling, layers, doomed, before)
+    removal: Removal = apply_removal(coupling, doomed)
+    for node, change in changes:
+        for place in _living(captured, node):
+            touch(place, settings, site, f"{change.what} {change.before} -> {change.after}", (node.name,))
+    shown = [change for _, change in changes]
+    unknown: tuple[str, ...] = ()
+    if not captured.concrete:
+        unknown = ("which channels leave",)
+        if settings.scope == "global":
+            unknown = ("which channels leave, and how many of each layer",)
+            shown = [Change(c.path, c.kind, c.what, c.before, UNKNOWN_WEIGHTS, c.why) for c in shown]
+    return Outcome(tuple(shown), tuple(notes), unknown, resized=removal.resized)
+
+
+def _living(captured: Captured, node: fx.Node) -> list[fx.Node]:
+    """The node, or those that took its place."""
+    names = captured.moved.get(node.name)
+    if names is None:
+        return [node]
+    return [other for other in captured.module.graph.nodes if other.name in names]
