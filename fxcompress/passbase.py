@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from enum import StrEnum
+from functools import cached_property
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from .policy.types import ValueType
@@ -116,27 +117,34 @@ class Registry(Generic[T]):
         self._added[name] = thing
         return thing
 
+    @cached_property
+    def _entries(self) -> dict[str, EntryPoint]:
+        """What installed packages offer; looking takes some milliseconds, so it is done once, and only when asked for."""
+        return {entry.name: entry for entry in entry_points(group=self.group)}
+
     def names(self) -> list[str]:
         """All known names, sorted."""
-        return sorted({*self._added, *self._builtin, *(e.name for e in entry_points(group=self.group))})
+        return sorted({*self._added, *self._builtin, *self._entries})
 
     def __contains__(self, name: object) -> bool:
-        return name in self.names()
+        return name in self._added or name in self._builtin or name in self._entries
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())
 
     def __getitem__(self, name: str) -> T:
-        if name in self._added:
-            return self._added[name]
+        if name not in self._added:
+            self._added[name] = self._load(name)
+        return self._added[name]
+
+    def _load(self, name: str) -> T:
         if name in self._builtin:
             module, _, attribute = self._builtin[name].partition(":")
-            self._added[name] = getattr(import_module(module), attribute)
-            return self._added[name]
-        for entry in entry_points(group=self.group):
-            if entry.name == name:
-                self._added[name] = entry.load()
-                return self._added[name]
+            found: T = getattr(import_module(module), attribute)
+            return found
+        if name in self._entries:
+            loaded: T = self._entries[name].load()
+            return loaded
         raise KeyError(f"no {self.noun} named {name!r}")
 
 
@@ -145,13 +153,16 @@ VERBS: Registry[type[Pass]] = Registry(
     {"mask": "fxcompress.passes.mask:Mask", "remove": "fxcompress.passes.remove:Remove"},
 )
 
-ScoreFunction = Callable[..., Any]  # see `passes/shared/scores.py` for the arguments
+ScoreFunction = Callable[..., Any]  # of a `passes.shared.criteria.Scoring`: one score a component
 SCORES: Registry[Any] = Registry(  # `fxcompress.passes.shared.scores.Score`, or a function of the weight alone
     "score", "fxcompress.scores",
     {name: f"fxcompress.passes.shared.scores:{name.upper()}"
      for name in ("magnitude", "l2", "random", "gradient", "movement")},
 )
-CRITERIA: Registry[ScoreFunction] = Registry("criterion", "fxcompress.criteria", {})
+CRITERIA: Registry[ScoreFunction] = Registry(
+    "criterion", "fxcompress.criteria",
+    {name: f"fxcompress.passes.shared.criteria:{name}" for name in ("l1", "l2", "random", "bn_scale")},
+)
 
 
 def register_verb(cls: type[Pass]) -> type[Pass]:

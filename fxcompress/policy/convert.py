@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from ..diagnostics import Diagnostic, Fix, Label, PolicyError, Sink
+from ..diagnostics import Diagnostic, Fix, Label, PolicyError, Sink, nearest
 from ..source import Source, Span
 from . import ast
 from .numeric import Integer, Number, Percent
@@ -75,9 +75,17 @@ def read_value(type_: ValueType, expr: ast.Expr, given: Mapping[str, Given], sin
     try:
         value = type_.convert(filled, ranges=not used)
     except Mismatch as mismatch:
-        sink.items.append(mismatch_diagnostic(mismatch, type_, what, expr.span, met))
+        sink.items.append(_meant(mismatch_diagnostic(mismatch, type_, what, expr.span, met), mismatch.at, given))
         return None
     return Unset(used) if used else value
+
+
+def _meant(found: Diagnostic, at: ast.Node | None, given: Mapping[str, Given]) -> Diagnostic:
+    """`found`, with the policy parameter that a bare word in place of a value may have meant."""
+    known = nearest(at.text, given, 1) if isinstance(at, ast.Name) and not found.fixes else []
+    if not known or at is None:
+        return found
+    return replace(found, help=f"did you mean the parameter `{known[0]}`?", fixes=(Fix(at.span, known[0]),))
 
 
 def mismatch_diagnostic(mismatch: Mismatch, type_: ValueType, what: str, span: Span | None,

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..diagnostics import Diagnostic
 from ..source import Source, Span
 from .selector import Selector
-from .values import Window
+from .values import Unset, Window
 
 
 @dataclass(frozen=True)
@@ -98,4 +99,10 @@ class Policy:
     phases: tuple[Phase, ...] = ()
     budgets: tuple[Budget, ...] = ()
     expects: tuple[Expect, ...] = ()
-    params: Mapping[str, object] = field(default_factory=dict)
+    params: Mapping[str, object] = field(default_factory=dict)  # `Unset` for one without a default that was not given
+    warnings: tuple[Diagnostic, ...] = field(default=(), compare=False)
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """The parameters that must still be given before the policy can be planned; see `policy.instantiate`."""
+        return tuple(name for name, value in self.params.items() if isinstance(value, Unset))
