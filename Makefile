@@ -11,7 +11,7 @@ ARGS   ?=
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint typed mypy bench docs golden clean distclean
+.PHONY: help demo test test-all lint typed mypy bench figures golden clean distclean
 .SECONDARY:
 .NOTPARALLEL:
 
@@ -41,6 +41,10 @@ mypy: $(VENV)/.with-lint typed ## mypy alone
 
 bench: $(VENV)/.with-bench ## measure check, plan, compile and removal times
 	@$(PY) benchmarks/compile_time.py --peer $(ARGS)
+
+figures: $(VENV)/.with-examples $(VENV)/.with-bench ## run the demo and put its figures and picture into README.md
+	@$(PY) examples/lenet_mnist/demo.py
+	@$(PY) benchmarks/readme.py out/lenet_mnist.json
 
 golden: $(VENV)/.with-test ## write the golden texts anew; read the diff before you commit it
 	$(PYTEST) --update-golden -m "not slow" $(ARGS)

@@ -24,9 +24,11 @@ POLICY = """policy p {
 MODEL = """import torch
 from torch import nn
 
+example_inputs = (torch.zeros(2, 16),)
+
 def build():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)), (torch.zeros(2, 16),)
+    return nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
 """
 
 

@@ -27,6 +27,7 @@ from torch.utils.benchmark import Timer
 
 import fxcompress
 from digits import BATCH, Split, accuracy, digits
+from fxcompress.nn import Mask
 from lenet import LeNet5
 
 HERE = Path(__file__).parent
@@ -101,18 +102,25 @@ def table(before: Figures, after: Figures) -> Table:
     return shown
 
 
-def compress(model: nn.Module, training: Split, test: Split, epochs: int) -> tuple[fxcompress.Result, list[float]]:
-    """Compress while training on; also the accuracy after each epoch."""
-    steps = -(-len(training.labels) // BATCH)
-    result = fxcompress.compile(HERE / "policy.fxc", model, EXAMPLE, epochs=epochs, steps_per_epoch=steps)
+def in_use(model: nn.Module) -> int:
+    """Parameters that are there and not behind a mask."""
+    masked = sum(module.masked() for module in model.modules() if isinstance(module, Mask))
+    return sum(p.numel() for p in model.parameters()) - masked
+
+
+def watched_training(model: nn.Module, training: Split, test: Split, epochs: int, *, seed: int,
+                     result: fxcompress.Result | None = None) -> list[tuple[float, int]]:
+    """Train, and say after each epoch the accuracy and how many parameters are in use."""
     history = []
 
     def after_epoch() -> None:
-        result.epoch_end()
-        history.append(accuracy(result.module, test))
+        if result is not None:
+            result.epoch_end()
+        history.append((accuracy(model, test), in_use(model)))
 
-    train(result.module, training, epochs, seed=2, after_step=result.step, after_epoch=after_epoch)
-    return result, history
+    train(model, training, epochs, seed=seed, after_step=result.step if result is not None else lambda: None,
+          after_epoch=after_epoch)
+    return history
 
 
 def load_elsewhere(artifact: Path) -> float:
@@ -134,20 +142,21 @@ def main() -> None:
 
     console.print(f"training LeNet-5 on {len(training.labels):,} digits for {args.epochs} epochs")
     model = LeNet5()
-    train(model, training, args.epochs, seed=1)
+    dense = watched_training(model, training, test, args.epochs, seed=1)
     before = measure(model, safetensors.torch.save(model.state_dict()), test)
-    control = copy.deepcopy(model)
-    train(control, training, args.epochs, seed=2)
+    control = watched_training(copy.deepcopy(model), training, test, args.epochs, seed=2)
 
     console.print(f"compressing it by policy.fxc over {args.epochs} epochs more\n")
-    result, history = compress(model, training, test, args.epochs)
+    result = fxcompress.compile(HERE / "policy.fxc", model, EXAMPLE, epochs=args.epochs,
+                                steps_per_epoch=-(-len(training.labels) // BATCH))
+    compressed = watched_training(result.module, training, test, args.epochs, seed=2, result=result)
     deployed = result.finalize(target="cpu")
     fxcompress.save(deployed, args.out)
     after = measure(deployed, (args.out / "weights.safetensors").read_bytes(), test)
 
     console.print(table(before, after))
     console.print(
-        f"Trained on for as long but not compressed, the dense network reaches {accuracy(control, test):.1%}.\n"
+        f"Trained on for as long but not compressed, the dense network reaches {control[-1][0]:.1%}.\n"
         "Removed channels make the file and the work smaller. Masked weights are zeros: they stay in the file and\n"
         "in the multiplications, and show only where the file is compressed.\n")
     print(result.plan.show())
@@ -159,9 +168,9 @@ def main() -> None:
 
     seconds = time.perf_counter() - began
     console.print(f"{seconds:.0f} seconds in all")
-    record = {"before": asdict(before), "after": asdict(after), "control": accuracy(control, test),
-              "history": history, "epochs": args.epochs, "seconds": seconds}
-    args.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    record = {"epochs": args.epochs, "seconds": seconds, "before": asdict(before), "after": asdict(after),
+              "history": {"dense": dense, "control": control, "compressed": compressed}}
+    args.out.with_suffix(".json").write_text(json.dumps(record) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

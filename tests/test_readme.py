@@ -1,0 +1,89 @@
+"""README.md is true: its commands and code run, its links lead somewhere, its figures are those of the stored record."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fxcompress
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BIN = Path(sys.executable).parent
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def policy_folder(folder: Path) -> Path:
+    (text,) = blocks("fxc")
+    (folder / "policy.fxc").write_text(text, encoding="utf-8")
+    return folder
+
+
+def test_the_policy_is_right_and_formatted() -> None:
+    (text,) = blocks("fxc")
+    assert fxcompress.parse(text).name == "slim"
+    assert fxcompress.format_policy(text) == text
+
+
+def test_the_commands_on_top_are_targets() -> None:
+    commands = [line.split("#")[0].split() for line in blocks("sh")[0].splitlines()]
+    assert commands == [["make", "demo"], ["make", "test"]]
+    helped = run("make", "help", cwd=ROOT)
+    assert all(re.search(rf"^make {target} ", helped, flags=re.M) for _, target in commands)
+
+
+def test_the_command_lines_run(tmp_path: Path) -> None:
+    folder = policy_folder(tmp_path)
+    for line in blocks("sh")[1].splitlines():
+        assert run(*line.partition("#")[0].split(), cwd=folder)
+    assert (folder / "out" / "weights.safetensors").exists()
+
+
+def test_the_python_runs(tmp_path: Path) -> None:
+    folder = policy_folder(tmp_path)
+    (code,) = blocks("python")
+    compared = ("\nx = torch.randn(2, 3, 64, 64)\n"
+                "assert torch.equal(module.eval()(x), deployed.eval()(x))\n"
+                "from fxcompress.passes import Mask\n"
+                f"{one_liner()}\n")
+    assert "policy slim" in run(sys.executable, "-c", code + compared, cwd=folder)
+
+
+def one_liner() -> str:
+    (code,) = re.findall(r"`(fxcompress\.passes\.Mask.*?)`", README)
+    return str(code)
+
+
+def test_the_figures_are_those_of_the_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import readme
+
+    record = json.loads(readme.RECORD.read_text(encoding="utf-8"))
+    (shown,) = readme.BLOCK.findall(README)
+    assert shown == readme.figures(record)
+    assert record["before"]["accuracy"] - record["after"]["accuracy"] < 0.01
+    assert record["seconds"] < 180
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/design.md", "docs/adr/README.md"])
+def test_links_lead_somewhere(name: str) -> None:
+    page = ROOT / name
+    links = re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert missing == []
