@@ -1,4 +1,4 @@
-"""README.md is true: its commands and code run, its links lead somewhere, its figures are those of the stored record."""
+"""README.md is true: its commands and code run, its links lead somewhere, its figures are those of a stored run."""
 
 from __future__ import annotations
 
