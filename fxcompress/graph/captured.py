@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from torch import Tensor, fx
+import torch
+from torch import Tensor, fx, nn
+
+from . import ops
+from .facts import Facts, totals
+from .fingerprint import fingerprint
+from .ops import path_of
+from .propagate import propagate
+from .tree import copy_module
 
 
 @dataclass(frozen=True)
@@ -19,6 +27,11 @@ class Example:
     def tensors(self) -> list[Tensor]:
         """Every input tensor, in order."""
         return [value for value in (*self.args, *self.kwargs.values()) if isinstance(value, Tensor)]
+
+    @property
+    def batch(self) -> int:
+        """The batch size: the first dimension of the first tensor that has one, else 1."""
+        return next((tensor.shape[0] for tensor in self.tensors() if tensor.dim()), 1)
 
 
 @dataclass(frozen=True)
@@ -38,9 +51,11 @@ class Captured:
     """A model in normal form. Passes rewrite it in place; `copy()` first to keep the input.
 
     * parameterised operators are `call_module` nodes, everything else one call under one canonical name (`graph/ops.py`)
-    * `concrete` is False for a skeleton: its weights are fake, and nothing may depend on their values
+    * `concrete` is False for a skeleton: its weights are fake (on the `meta` device), and nothing may depend on their values
     * `node.meta["fxc"]` holds the node's `NodeFact` (`graph/facts.py`), refreshed by `refresh()`
     * `node.meta["origins"]` holds its provenance, a tuple of `Origin`
+    * `fixed_batch` says, where it isn't empty, why the graph only works for the example's batch size
+    * `notes` are what a user should know about the capture: outputs left out, modes that aren't followed
     """
 
     module: fx.GraphModule
@@ -49,8 +64,87 @@ class Captured:
     model_name: str = ""
     concrete: bool = True
     moved: dict[str, tuple[str, ...]] = field(default_factory=dict)  # name of a node that is gone -> its successors
+    notes: tuple[str, ...] = ()
+    fixed_batch: str = ""
+    _facts: Facts | None = field(default=None, repr=False)
 
-    # The owner of capture completes: facts, graph, copy(), skeleton(), refresh(), replace(), nodes_named(), fingerprint()
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph of `module`."""
+        return self.module.graph
+
+    @property
+    def facts(self) -> Facts:
+        """Totals over the graph as of the last `refresh()`."""
+        if self._facts is None:
+            self._facts = totals(self.graph, self.module, self.example.batch)
+        return self._facts
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """The batch sizes that shapes are computed at: two, or one where the batch is fixed."""
+        batch = self.example.batch
+        return (batch,) if self.fixed_batch else (batch, 2 * batch)
+
+    def copy(self) -> Captured:
+        """A deep copy: its own graph and weights (shared weights stay shared), same node names and facts."""
+        return replace(self, module=copy_module(self.module, torch.Tensor.clone), moved=dict(self.moved))
+
+    def skeleton(self) -> Captured:
+        """The same graph with weights on the `meta` device: nothing is allocated. Free for one that is a skeleton already
+        in memory, not in identity: its graph is a copy too."""
+        return replace(self, module=copy_module(self.module, _meta), moved=dict(self.moved), concrete=False)
+
+    def refresh(self) -> None:
+        """After a rewrite: drop dead nodes, check and recompile the graph, compute shapes and facts anew. Takes time linear
+        in the nodes and computes on fakes only. Raises RewriteError (FXC0406) where a node can't be computed."""
+        propagate(self)
+        self.module.recompile()
+        self._facts = None
+
+    def replace(self, old: fx.Node, new: fx.Node, successors: Iterable[fx.Node] = ()) -> None:
+        """Let `new` take the place of `old`: its users, path and provenance go over, `old` is erased and `moved` remembers
+        its `successors` (by default `new` alone)."""
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+        for key in ("origins", "path", "source"):
+            if key in old.meta and key not in new.meta:
+                new.meta[key] = old.meta[key]
+        if old.op == "call_module" and new.op != "call_module":
+            new.meta["path"] = path_of(old)
+        self.graph.erase_node(old)
+        self.moved[old.name] = tuple(node.name for node in successors) or (new.name,)
+
+    def node(self, path: str) -> fx.Node:
+        """The node called `path`, or the operator at module path `path`. Raises LookupError if there is none or several."""
+        found = [n for n in self.graph.nodes if n.name == path]
+        found = found or [n for n in self.graph.nodes if path_of(n) == path and n.op == "call_module"]
+        found = found or [n for n in self.graph.nodes if path_of(n) == path and n.op == "call_function"]
+        if len(found) != 1:
+            raise LookupError(f"{len(found)} nodes at {path!r}")
+        return found[0]
+
+    def nodes_named(self, names: Iterable[str]) -> tuple[fx.Node, ...]:
+        """The nodes of these names in graph order, following `moved` for those that are gone."""
+        wanted: set[str] = set()
+        rest = list(names)
+        while rest:
+            name = rest.pop()
+            if name not in wanted:
+                wanted.add(name)
+                rest.extend(self.moved.get(name, ()))
+        return tuple(node for node in self.graph.nodes if node.name in wanted)
+
+    def module_of(self, node: fx.Node) -> nn.Module:
+        """The module that a `call_module` node calls. Raises LookupError for any other node."""
+        return ops.module_of(node)
+
+    def fingerprint(self) -> str:
+        """A hash of the graph, the modules' settings and all shapes and dtypes, not of the weights' values."""
+        return fingerprint(self)
+
+
+def _meta(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 Nodes = Iterable[fx.Node]

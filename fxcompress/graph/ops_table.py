@@ -239,7 +239,7 @@ def _pools() -> None:
     for n in (1, 2, 3):
         add("pool", f"max_pool{n}d", getattr(F, f"max_pool{n}d"),
             "input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False",
-            *(["*max_pool2d_with_indices"] if n == 2 else []))
+            )
         add("pool", f"adaptive_avg_pool{n}d", getattr(F, f"adaptive_avg_pool{n}d"), "input, output_size")
         add("pool", f"adaptive_max_pool{n}d", getattr(F, f"adaptive_max_pool{n}d"), "input, output_size")
         tail = ", divisor_override=None" if n > 1 else ""
@@ -262,7 +262,7 @@ def _creation() -> None:
         add("create", f"new_{name}", getattr(Tensor, f"new_{name}"), "input, *size, dtype=None, device=None")
     add("create", "full", torch.full, "size, fill_value, /, dtype=None, device=None")
     add("create", "new_full", Tensor.new_full, "input, size, fill_value, /, dtype=None, device=None")
-    add("create", "arange", torch.arange, "start, end, step, /, dtype=None, device=None")
+    add("create", "arange", torch.arange, "start=0, end=None, step=1, /, dtype=None, device=None")
     add("create", "linspace", torch.linspace, "start, end, steps, /, dtype=None, device=None")
     add("create", "eye", torch.eye, "n, m=None, /, dtype=None, device=None")
     add("create", "tensor", torch.tensor, "data, /, dtype=None, device=None", "*scalar_tensor", "*as_tensor")

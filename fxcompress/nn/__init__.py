@@ -3,3 +3,4 @@
 from __future__ import annotations
 
 from .mask import Mask as Mask
+from .mode import ByMode as ByMode

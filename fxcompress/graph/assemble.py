@@ -1,0 +1,110 @@
+"""From a trace to a `Captured`: the module tree, constants, modes, facts."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+from torch import Tensor, fx, nn
+from torchvision.ops import StochasticDepth
+
+from .captured import Captured, Example
+from .modes import merge_modes
+from .ops import call
+from .probe import Fakes
+from .propagate import drop_dead, write_facts
+from .trace import Traced, drop_rate, leaf_kind
+from .tree import graph_module, plain_tree
+from .twins import make_twin
+
+
+def assemble(
+    model: nn.Module, traced: Traced, other: Traced | None, example: Example, way: Literal["fx", "export"], name: str
+) -> Captured:
+    """The captured form of `model`, which is given up: its leaf modules and tensors go into the result. `other` is the
+    trace in the other mode, where the model asks which mode it is in."""
+    recorder, graph = traced.recorder, traced.graph
+    notes = list(recorder.notes)
+    _detach_no_grad(traced)
+    drop_dead(graph)
+    leaves = {str(node.target): _leaf(model, str(node.target), traced) for node in graph.nodes if node.op == "call_module"}
+    tree = plain_tree(model, leaves)
+    _register_constants(tree, traced)
+    if other is not None:
+        _detach_no_grad(other)
+        drop_dead(other.graph)
+        if not merge_modes(graph, other.graph, tree, model.training):
+            mode = "training" if model.training else "evaluation"
+            notes.append(f"the model takes another way through its code in the other mode: the graph always is that of {mode}")
+    module = graph_module(tree, graph, re.sub(r"\W", "_", name))
+    results = {node: traced.recorder.results[node] for node in graph.nodes if node in traced.recorder.results}
+    _complete(graph, module, recorder.fakes, results)
+    write_facts(graph, module, results)
+    unread = _unread(module)
+    if unread:
+        notes.append(f"not read by the graph, kept in state_dict: {', '.join(unread)}")
+    return Captured(module, example, way, name, all(not t.is_meta for t in module.parameters()), notes=tuple(notes))
+
+
+def _leaf(model: nn.Module, path: str, traced: Traced) -> nn.Module:
+    """The module that stays at `path`: the model's own, or a plain one that computes the same."""
+    module = model.get_submodule(path)
+    if path in traced.twins:
+        return make_twin(module, traced.twins[path])
+    if leaf_kind(module) == "stochastic_depth" and not isinstance(module, StochasticDepth):
+        return StochasticDepth(drop_rate(module), "row").train(module.training)
+    return module
+
+
+def _register_constants(tree: nn.Module, traced: Traced) -> None:
+    used = {node.target for node in traced.graph.nodes if node.op == "get_attr"}
+    for name, tensor in traced.recorder.constants.items():
+        if name in used:
+            tree.register_buffer(name, tensor, persistent=False)
+
+
+def _complete(graph: fx.Graph, module: nn.Module, fakes: Fakes, results: dict[fx.Node, tuple[Any, ...]]) -> None:
+    """Results of the nodes that were added after the trace."""
+    for node in graph.nodes:
+        if node not in results:
+            given = [fx.map_arg((node.args, dict(node.kwargs)), lambda n: results[n][probe]) for probe in range(len(fakes.batches))]  # noqa: B023
+            if node.op == "output":
+                results[node] = tuple(args[0] for args, _ in given)
+            elif node.op == "call_module":
+                results[node] = tuple(module.get_submodule(str(node.target))(*args, **kwargs) for args, kwargs in given)
+            else:
+                results[node] = tuple(args[0] for args, _ in given)  # detach
+
+
+def _detach_no_grad(traced: Traced) -> None:
+    """Where the model switched gradients off, an edge that leaves that region gets a `detach`: switching alone would be
+    lost in a graph."""
+    graph, results = traced.graph, traced.recorder.results
+    if not any(node.meta.get("no_grad") for node in graph.nodes):
+        return
+    grads: set[fx.Node] = set()
+    for node in list(graph.nodes):
+        value = results.get(node, (None,))[0]
+        source = node.op in ("placeholder", "get_attr") or any(used in grads for used in node.all_input_nodes)
+        whole = isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
+        if whole or not source:
+            continue
+        outside = [user for user in node.users if not user.meta.get("no_grad")]
+        if node.meta.get("no_grad") and node.op not in ("placeholder", "get_attr") and isinstance(value, Tensor) and outside:
+            with graph.inserting_after(node):
+                cut = call(graph, "detach", node)
+            cut.meta.update({key: node.meta[key] for key in ("path", "source") if key in node.meta})
+            for user in outside:
+                user.replace_input_with(node, cut)
+            continue
+        grads.add(node)
+
+
+def _unread(module: fx.GraphModule) -> list[str]:
+    """The top-level branches whose parameters the graph never reads."""
+    read = {str(node.target) for node in module.graph.nodes if node.op in ("call_module", "get_attr")}
+    paths = [name for name, _ in module.named_parameters(remove_duplicate=False)]
+    unread = [p for p in paths if not any(p == r or p.startswith(f"{r}.") for r in read)]
+    shared = {id(module.get_parameter(p)) for p in paths if p not in unread}
+    return sorted({p.rpartition(".")[0] or p for p in unread if id(module.get_parameter(p)) not in shared})
+

@@ -1,0 +1,52 @@
+"""Where in the model's source a call comes from."""
+
+from __future__ import annotations
+
+import linecache
+import os
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+_OURS = f"{Path(__file__).parent}{os.sep}"
+_TORCH = f"{Path(torch.__file__).parent}{os.sep}"
+_known: dict[str, bool] = {}
+
+
+def _is_user(filename: str) -> bool:
+    if filename not in _known:
+        _known[filename] = not filename.startswith((_OURS, _TORCH, "<frozen")) and "importlib" not in filename
+    return _known[filename]
+
+
+def line_of(filename: str, number: int) -> str:
+    """`resnet.py:102 \\`out += identity\\``."""
+    text = " ".join(linecache.getline(filename, number).split())
+    return f"{Path(filename).name}:{number} `{text}`" if text else f"{Path(filename).name}:{number}"
+
+
+def user_line() -> str:
+    """The innermost running line outside torch and this package; empty if a capture runs no such line."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if _is_user(code.co_filename):
+            return line_of(code.co_filename, frame.f_lineno)
+        if code.co_name == _BOUNDARY:
+            return ""
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""
+
+
+_BOUNDARY = "_run_traced"  # the function of `trace.py` that calls the model: what is above it isn't the model
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in ')
+
+
+def stack_line(stack_trace: str | None) -> str:
+    """The innermost line outside torch of a stack trace that `torch.export` wrote."""
+    for match in reversed(list(_FRAME.finditer(stack_trace or ""))):
+        if _is_user(match["file"]):
+            return line_of(match["file"], int(match["line"]))
+    return ""

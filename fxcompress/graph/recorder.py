@@ -1,0 +1,388 @@
+"""The recorder: turns torch calls into nodes of the normal form, and knows the shape of every value while it does.
+
+Both ways of capture feed it calls: `trace.py` those of the running model, `export_.py` those of an exported graph. Each call is
+computed on fake tensors at two batch sizes. What comes out equal in both is static: sizes become Python numbers and size
+arithmetic leaves no node. What differs depends on the batch and stays a node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, fx, nn
+
+from . import frames
+from .convert import CONVERTERS, Done, NoCanonicalForm
+from .dynamic import DynFloat, DynInt, UntraceableError, holds_for_every_batch
+from .opbase import Op
+from .ops import OPS
+from .probe import Fakes, map_tensors
+from .sources import Source, sources
+from .tidy import tidy
+from .writes import WRITES, overwrite
+
+_RANDOM = {"rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "rand_like", "randn_like", "randint_like",
+           "poisson", "normal_", "uniform_", "bernoulli_", "exponential_", "random_", "log_normal_", "cauchy_", "geometric_"}
+_NO_GRAPH = {"__bool__", "item", "tolist", "__float__", "__int__", "__index__", "numpy", "__array__", "__contains__", "__complex__"}
+
+
+class BatchFixedError(Exception):
+    """An operator works at the example's batch size but not at twice that."""
+
+    def __init__(self, reason: str, source: str) -> None:
+        super().__init__(reason)
+        self.reason, self.source = reason, source
+
+
+@dataclass(frozen=True)
+class Held:
+    """A plain value that is the same in every probe and yet is read from a node: the device of the inputs."""
+
+    node: fx.Node
+    value: Any
+
+
+@dataclass
+class Value:
+    """What the recorder knows of a tensor that the model holds: the node that computes it and its fakes, one a probe."""
+
+    tensor: Tensor
+    node: fx.Node
+    fakes: tuple[Tensor, ...]
+    stale: str = ""  # why it may not be read any more
+
+
+@dataclass
+class Recorder:
+    """Records into `graph`. `names` maps parameters and buffers (by id) to their path in the module."""
+
+    graph: fx.Graph
+    fakes: Fakes
+    names: Mapping[int, str]
+    device: torch.device
+    path: str = ""
+    values: dict[int, Value] = field(default_factory=dict)
+    results: dict[fx.Node, tuple[Any, ...]] = field(default_factory=dict)  # node -> its value in each probe
+    constants: dict[str, Tensor] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    twin: Callable[[Op, dict[str, Any]], str | None] | None = None  # see `twins.py`
+    locate: Callable[[], str] = frames.user_line
+    _constant_ids: dict[int, tuple[Tensor, int, str]] = field(default_factory=dict)
+    _sizes: dict[tuple[fx.Node, int], DynInt] = field(default_factory=dict)
+    _storages: dict[int, list[int]] = field(default_factory=dict)  # storage of a fake -> ids of the tensors on it
+    _device: Held | None = None
+
+    # -- what is known of values ----------------------------------------------------------------------------------
+
+    def source(self) -> str:
+        """The line of the model that runs now: "resnet.py:102 `out += identity`"."""
+        return self.locate()
+
+    def refuse(self, reason: str) -> NoReturn:
+        """Raise UntraceableError at the model's current line."""
+        raise UntraceableError(reason, self.source())
+
+    def tracked(self, tensor: Tensor) -> bool:
+        """Whether `tensor` comes from an input, parameter or buffer, not from constants alone."""
+        return id(tensor) in self.values or id(tensor) in self.names
+
+    def value(self, tensor: Tensor) -> Value:
+        """What is known of `tensor`; a parameter, buffer or constant met for the first time gets its `get_attr` node."""
+        found = self.values.get(id(tensor))
+        if found is not None:
+            if found.stale:
+                self.refuse(found.stale)
+            return found
+        name = self.names.get(id(tensor)) or self._constant(tensor)
+        fake = self.fakes.of(tensor)
+        node = self.graph.get_attr(name)
+        return self._keep(node, tensor, (fake,) * len(self.fakes.batches))
+
+    def fake(self, tensor: Tensor) -> Tensor:
+        """The fake of `tensor` at the example's batch size."""
+        found = self.values.get(id(tensor))
+        return found.fakes[0] if found is not None else self.fakes.of(tensor)
+
+    def dtype_of(self, tensor: Tensor) -> torch.dtype:
+        """The dtype of `tensor`."""
+        return self.fake(tensor).dtype
+
+    def dynamic_dims(self, tensor: Tensor) -> set[int]:
+        """The dimensions of `tensor` whose size depends on the batch."""
+        shapes = [fake.shape for fake in self.values[id(tensor)].fakes] if id(tensor) in self.values else [tensor.shape]
+        return {dim for dim, size in enumerate(shapes[0]) if any(shape[dim] != size for shape in shapes)}
+
+    def shape_of(self, tensor: Tensor) -> torch.Size:
+        """The shape of `tensor`; dynamic sizes are `DynInt`s with a `size` node, one a (value, dimension)."""
+        dynamic = self.dynamic_dims(tensor)
+        if not dynamic:
+            return self.fake(tensor).shape
+        return torch.Size([self._size(tensor, dim) if dim in dynamic else size
+                           for dim, size in enumerate(self.fake(tensor).shape)])
+
+    def _size(self, tensor: Tensor, dim: int) -> DynInt:
+        value = self.value(tensor)
+        if (value.node, dim) not in self._sizes:
+            self._sizes[value.node, dim] = self.emit(OPS["size"], {"input": tensor, "dim": dim})
+        return self._sizes[value.node, dim]
+
+    def decide(self, function: Callable[[Any, Any], bool], left: tuple[Any, ...], right: tuple[Any, ...]) -> bool:
+        """The outcome of a comparison with a dynamic size, if it is the same for every batch size."""
+        outcome = holds_for_every_batch(function, left, right, self.fakes.batches)
+        if outcome is None:
+            self.refuse("a condition depends on the batch size")
+        return outcome
+
+    # -- recording ------------------------------------------------------------------------------------------------
+
+    def call(self, kind: str, *args: Any, **kwargs: Any) -> Any:
+        """Record a call of the canonical operator `kind`."""
+        op = OPS[kind]
+        return self._convert(Source(kind, op, op.params, False), op.bind(args, kwargs))
+
+    def record(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Record the call `function(*args, **kwargs)` and give back its value: fake tensors, numbers, or real tensors
+        where everything it depends on is constant."""
+        name = getattr(function, "__name__", "")
+        if not self._depends(args, kwargs) and name not in _RANDOM:
+            return function(*args, **kwargs)
+        if name in WRITES:
+            return WRITES[name](self, *args, **kwargs)
+        if name in _NO_GRAPH:
+            self.refuse(f"the model reads the value of a tensor (`{name}`)")
+        source = sources().get(function)
+        if source is not None:
+            try:
+                return self._convert(source, source.bind(args, kwargs))
+            except (TypeError, NoCanonicalForm):
+                pass  # written in a way the table doesn't know: it stays as it is
+        if kwargs.get("out") is not None:
+            self.refuse(f"`{name}` writes into its argument `out`")
+        return self._raw(function, name, args, kwargs)
+
+    def _depends(self, args: object, kwargs: object) -> bool:
+        return any(isinstance(item, DynInt | DynFloat) or (isinstance(item, Tensor) and self.tracked(item))
+                   for item in self.flat((args, kwargs)))
+
+    def _convert(self, source: Source, values: dict[str, Any]) -> Any:
+        in_place = values.pop("__in_place__", False)
+        base = next(iter(values.values()))
+        converter = CONVERTERS.get(source.op.name)
+        converted = converter(self, source, values) if converter is not None else values
+        done = isinstance(converted, Done)
+        result = converted.result if done else self.emit(source.op, tidy(source.op, converted, self))
+        return overwrite(self, base, result) if in_place and result is not base else result
+
+    def alias(self, tensor: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """`tensor` in other memory (`clone`, `contiguous`): another tensor for the model, the same node for the graph."""
+        if not self.tracked(tensor):
+            return function(tensor)
+        value = self.value(tensor)
+        fakes = self._compute(function, (tensor,), {}, "clone")
+        if fakes[0] is value.fakes[0]:
+            return tensor
+        return self._keep(value.node, fakes[0], fakes).tensor
+
+    def create(self, op: Op, values: dict[str, Any]) -> Any:
+        """Make a new tensor: a real constant where all is known, else a node on the device of the inputs."""
+        like = op.name.endswith("_like")
+        base = op.name.removeprefix("new_").removesuffix("_like")
+        plain = {key: value for key, value in values.items() if key not in ("input", "device")}
+        if like:
+            plain["size"] = tuple(self.shape_of(values["input"]))
+        if op.name not in _RANDOM and not self._depends(plain, ()):
+            made = OPS[base]
+            args, kwargs = made.normal(plain)
+            return Done(made.target(*args, **kwargs, device=self.device))
+        given = values.get("dtype")
+        if "input" in values and given == self.dtype_of(values["input"]):
+            values["dtype"] = None
+        values["device"] = None if "input" in values else self.device_of_inputs()
+        return values
+
+    def device_of_inputs(self) -> Held:
+        """The device of the first input, read in the graph."""
+        if self._device is None:
+            first = next(node for node in self.graph.nodes if isinstance(self.results[node][0], Tensor))
+            with self.graph.inserting_after(first):
+                node = self.graph.call_function(getattr, (first, "device"))
+            self._device = Held(node, self.fakes.device)
+            self._describe(node, (self.fakes.device,) * len(self.fakes.batches))
+        return self._device
+
+    def _constant(self, tensor: Tensor) -> str:
+        """The name of the buffer that keeps `tensor`, a constant, as it is now. Equal constants share one."""
+        known = self._constant_ids.get(id(tensor))
+        if known is not None and known[1] == tensor._version:
+            return known[2]
+        for name, other in self.constants.items():
+            if other.dtype == tensor.dtype and other.shape == tensor.shape and torch.equal(other, tensor):
+                break
+        else:
+            name = f"_constant{len(self.constants)}"
+            self.constants[name] = tensor.detach().clone().to(self.device)
+        self._constant_ids[id(tensor)] = (tensor, tensor._version, name)
+        return name
+
+    def _raw(self, function: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Record an operator outside the table. One that works in place gets a copy to work on."""
+        in_place = name.endswith("_") and not name.endswith("__") and args and isinstance(args[0], Tensor)
+        if not in_place:
+            return self._emit("call_function", function, args, {
+            key: self.device_of_inputs() if key == "device" and value is not None else value for key, value in kwargs.items()
+        }, name or "call")
+        copy = self._emit("call_function", torch.clone, (args[0],), {}, "clone")
+        return overwrite(self, args[0], self._emit("call_function", function, (copy, *args[1:]), dict(kwargs), name))
+
+    def emit(self, op: Op, values: dict[str, Any]) -> Any:
+        """Append the canonical node of `op` and give back its value."""
+        path = self.twin(op, values) if self.twin is not None else None
+        if path is not None:
+            return self.emit_module(path, (values["input"],), {}, None)
+        args, kwargs = op.normal(values)
+        return self._emit("call_function", op.target, args, kwargs, op.name)
+
+    def emit_module(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any], module: nn.Module | None) -> Any:
+        """Append a call of the leaf module at `path`; without `module` its value is shaped like its input."""
+        def run(*inputs: Any, **named: Any) -> Any:
+            if module is None:
+                with self.fakes.mode:
+                    return torch.empty_like(inputs[0])
+            return self.fakes.run_module(module, inputs, named)
+
+        return self._emit("call_module", path, args, kwargs, path.replace(".", "_"), run)
+
+    def _emit(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str,
+              run: Callable[..., Any] | None = None) -> Any:
+        results = self._compute(run or target, args, kwargs, name)
+        if not any(isinstance(item, Tensor) for item in self.flat(results[0])) and _all_equal(results):
+            return results[0]
+        node = self.graph.create_node(kind, target, self.argument(args), self.argument(kwargs), name)
+        return self._wrap(node, results)
+
+    def _compute(self, run: Callable[..., Any], args: Any, kwargs: Any, name: str) -> tuple[Any, ...]:
+        """The fake result in every probe."""
+        results: list[Any] = []
+        with torch.no_grad(), self.fakes.mode:
+            for probe in range(len(self.fakes.batches)):
+                try:
+                    results.append(run(*self.probe(args, probe), **self.probe(kwargs, probe)))
+                except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, NotImplementedError) as error:
+                    reason = f"{name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+                    if probe:
+                        raise BatchFixedError(reason, self.source()) from error
+                    raise UntraceableError(reason, self.source()) from error
+        return tuple(results)
+
+    def _wrap(self, node: fx.Node, results: tuple[Any, ...]) -> Any:
+        """What the model gets for `node`: fake tensors and dynamic numbers it can go on with."""
+        first = results[0]
+        if node not in self.results:
+            self._describe(node, results)
+        if isinstance(first, Tensor):
+            shared = self.values.get(id(first))
+            return self._keep(node, first if shared is None else first.view_as(first), results).tensor
+        if isinstance(first, tuple | list):
+            if any(len(result) != len(first) for result in results):
+                self.refuse("the number of results depends on the batch size")
+            items = [self._item(node, place, tuple(result[place] for result in results)) for place in range(len(first))]
+            if isinstance(first, list):
+                return items
+            return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
+        if isinstance(first, bool) or not isinstance(first, int | float):
+            self.refuse(f"a value of type {type(first).__name__} depends on the batch size")
+        return (DynInt if isinstance(first, int) else DynFloat)(self, node, results)
+
+    def _item(self, node: fx.Node, place: int, results: tuple[Any, ...]) -> Any:
+        if not any(isinstance(item, Tensor) for item in self.flat(results[0])) and _all_equal(results):
+            return results[0]
+        return self._wrap(self.graph.create_node("call_function", OPS["getitem"].target, (node, place), {}, "getitem"), results)
+
+    def _describe(self, node: fx.Node, results: tuple[Any, ...]) -> None:
+        self.results[node] = results
+        node.meta["path"] = self.path
+        node.meta["source"] = self.source()
+        if not torch.is_grad_enabled():
+            node.meta["no_grad"] = True
+
+    def _keep(self, node: fx.Node, tensor: Tensor, fakes: tuple[Tensor, ...]) -> Value:
+        if node not in self.results:
+            self._describe(node, fakes)
+        value = Value(tensor, node, fakes)
+        self.values[id(tensor)] = value
+        self._storages.setdefault(fakes[0].untyped_storage()._cdata, []).append(id(tensor))
+        return value
+
+    def shadow(self, value: Value, reason: str) -> None:
+        """Mark every other tensor on the memory of `value` as unreadable for `reason`: it was written."""
+        for other in self._storages.get(value.fakes[0].untyped_storage()._cdata, []):
+            if self.values[other] is not value:
+                self.values[other].stale = reason
+
+    def rebind(self, tensor: Tensor, new: Value) -> None:
+        """Let `tensor` stand for the value of `new`."""
+        self.values[id(tensor)] = Value(tensor, new.node, new.fakes)
+        self._storages.setdefault(new.fakes[0].untyped_storage()._cdata, []).append(id(tensor))
+
+    def input(self, name: str, example: Any) -> Any:
+        """Append the placeholder `name` and give what the model gets for it. Numbers and the like are constants: the
+        graph takes them and ignores them."""
+        node = self.graph.placeholder(name)
+        probes = range(len(self.fakes.batches))
+        results = tuple(map_tensors(example, lambda tensor: self.fakes.input(tensor, probe)) for probe in probes)
+        if not any(isinstance(item, Tensor) for item in self.flat(results[0])):
+            self._describe(node, results)
+            return example
+        return self._wrap(node, results)
+
+    # -- arguments ------------------------------------------------------------------------------------------------
+
+    def flat(self, value: object) -> Iterator[Any]:
+        """The leaves of nested tuples, lists, dicts and slices."""
+        if isinstance(value, tuple | list):
+            for item in value:
+                yield from self.flat(item)
+        elif isinstance(value, dict):
+            yield from self.flat(list(value.values()))
+        elif isinstance(value, slice):
+            yield from self.flat((value.start, value.stop, value.step))
+        else:
+            yield value
+
+    def _map(self, value: Any, leaf: Callable[[Any], Any]) -> Any:
+        if isinstance(value, list | tuple):
+            items = [self._map(item, leaf) for item in value]
+            return items if isinstance(value, list) else tuple(items)
+        if isinstance(value, dict):
+            return {key: self._map(item, leaf) for key, item in value.items()}
+        if isinstance(value, slice):
+            return slice(*(self._map(item, leaf) for item in (value.start, value.stop, value.step)))
+        return leaf(value)
+
+    def argument(self, value: Any) -> Any:
+        """`value` as the argument of a node."""
+        def leaf(item: Any) -> Any:
+            if isinstance(item, Tensor):
+                return self.value(item).node
+            return item.node if isinstance(item, DynInt | DynFloat | Held) else item
+
+        return self._map(value, leaf)
+
+    def probe(self, value: Any, probe: int) -> Any:
+        """`value` in `probe`: fakes and plain numbers."""
+        def leaf(item: Any) -> Any:
+            if isinstance(item, Tensor):
+                found = self.values.get(id(item))
+                return found.fakes[probe] if found is not None else self.fakes.of(item)
+            if isinstance(item, DynInt | DynFloat):
+                return item.values[probe]
+            return item.value if isinstance(item, Held) else item
+
+        return self._map(value, leaf)
+
+
+def _all_equal(results: tuple[Any, ...]) -> bool:
+    return all(type(result) is type(results[0]) and result == results[0] for result in results)

@@ -1,0 +1,247 @@
+"""The first way of capture: run the model's own code on fake tensors and record every torch call it makes.
+
+A `TorchFunctionMode` sees the calls before torch does, so the model holds ordinary (fake) tensors, and its control flow on
+sizes that don't depend on the batch just runs. Modules of `MODULES` are not entered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+from .dynamic import DynFloat, DynInt, UntraceableError
+from .modules import keeps_forward, leaf_of
+from .probe import Fakes
+from .recorder import BatchFixedError, Recorder
+from .trace_errors import RAISED_BY_MODELS
+from .twins import Twins
+
+_orig_call = nn.Module.__call__
+_orig_getattr = nn.Module.__getattr__
+
+@dataclasses.dataclass
+class Traced:
+    """One trace: the graph, what every node gives in each probe, the constants it reads and the plain twins it needs."""
+
+    recorder: Recorder
+    twins: Mapping[str, type[nn.Module]]
+    reads_training: bool
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The recorded graph."""
+        return self.recorder.graph
+
+
+class _Mode(TorchFunctionMode):
+    """Hands every torch call to the recorder."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name == "__get__":
+            return self._attribute(func, args[0])
+        if name == "__set__":
+            return self._set_attribute(func, args)
+        if torch.is_autocast_enabled(self.recorder.device.type):
+            self.recorder.refuse("the model switches autocast on by itself")
+        return self.recorder.record(func, args, kwargs or {})
+
+    def _attribute(self, func: Any, tensor: Tensor) -> Any:
+        rec, name = self.recorder, func.__self__.__name__
+        if not rec.tracked(tensor):
+            return func(tensor)
+        if name == "shape":
+            return rec.shape_of(tensor)
+        if name in _VIEWS:
+            return _VIEWS[name](rec, tensor)
+        if name == "device":
+            return rec.device
+        value = func(tensor)
+        if isinstance(value, Tensor) and name not in ("grad", "_base"):
+            rec.refuse(f"the model reads `.{name}` of a tensor")
+        return value
+
+    def _set_attribute(self, func: Any, args: tuple[Any, ...]) -> Any:
+        name = func.__self__.__name__
+        if self.recorder.tracked(args[0]) and name != "requires_grad":
+            self.recorder.refuse(f"the model sets `.{name}` of a tensor")
+        return None if self.recorder.tracked(args[0]) else func(*args)
+
+
+def _reversed(rec: Recorder, tensor: Tensor) -> Any:
+    rank = tensor.dim()
+    if rank < 2:
+        return tensor
+    return rec.call("transpose", tensor, 0, 1) if rank == 2 else rec.call("permute", tensor, tuple(reversed(range(rank))))
+
+
+def _last_two(rec: Recorder, tensor: Tensor) -> Any:
+    return rec.call("transpose", tensor, -2, -1)
+
+
+_VIEWS: Mapping[str, Callable[[Recorder, Tensor], Any]] = {
+    "T": _reversed, "mT": _last_two, "data": lambda rec, tensor: rec.call("detach", tensor),
+    "real": lambda rec, tensor: rec.call("real", tensor), "imag": lambda rec, tensor: rec.call("imag", tensor),
+}
+
+
+@dataclasses.dataclass
+class _Run:
+    """The state of one run of the model: which modules there are, in which of them the code is."""
+
+    recorder: Recorder
+    mode: bool
+    paths: Mapping[nn.Module, str]
+    twins: Twins
+    reads_training: bool = False
+    executing: bool = False  # a leaf module runs on fakes: torch's own code, not the model's
+
+    def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What `module(*args, **kwargs)` gives while tracing."""
+        if self.executing:
+            return _orig_call(module, *args, **kwargs)
+        if isinstance(module, nn.Identity) or (leaf_kind(module) == "stochastic_depth" and drop_rate(module) == 0.0):
+            return args[0] if args else next(iter(kwargs.values()))
+        path = self.paths.get(module)
+        if path is None:
+            return _orig_call(module, *args, **kwargs)
+        rec, outer = self.recorder, self.recorder.path
+        rec.path = path
+        try:
+            if is_leaf(module):
+                return self._leaf(module, path, args, kwargs)
+            with self.twins.inside(path, module):
+                return _orig_call(module, *args, **kwargs)
+        finally:
+            rec.path = outer
+
+    def _leaf(self, module: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.executing = True
+        try:
+            with torch._C.DisableTorchFunction():
+                return self.recorder.emit_module(path, args, kwargs, module)
+        finally:
+            self.executing = False
+
+    def attribute(self, module: nn.Module, name: str) -> Any:
+        """`module.<name>` where `name` is no plain attribute: parameters, children, and `training`, which was hidden."""
+        if name == "training":
+            self.reads_training = self.reads_training or not self.executing
+            return self.mode
+        return _orig_getattr(module, name)
+
+
+def leaf_kind(module: nn.Module) -> str:
+    """The kind of a module that isn't entered; `stochastic_depth` for every class named like one; else empty."""
+    if type(module).__name__.endswith(("DropPath", "StochasticDepth")) and not list(module.parameters()):
+        return "stochastic_depth"
+    found = leaf_of(type(module))
+    return found[1].kind if found is not None and keeps_forward(module) else ""
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether `module` stays one `call_module` node."""
+    return bool(leaf_kind(module))
+
+
+def drop_rate(module: nn.Module) -> float:
+    """The probability of a stochastic-depth module, whatever its author called it."""
+    for name in ("p", "drop_prob", "prob"):
+        value = getattr(module, name, None)
+        if isinstance(value, int | float):
+            return float(value)
+    return 0.0 if getattr(module, "drop_prob", 0.0) is None else -1.0
+
+
+@contextlib.contextmanager
+def _patched(run: _Run, model: nn.Module) -> Iterator[None]:
+    """While it lasts, module calls and reads of `training` come to `run`. The model's modes are restored."""
+    modes = {module: module.__dict__.pop("training") for module in model.modules() if "training" in module.__dict__}
+    nn.Module.__call__ = lambda module, *args, **kwargs: run.call(module, args, kwargs)  # type: ignore[method-assign]
+    nn.Module.__getattr__ = lambda module, name: run.attribute(module, name)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.__call__ = _orig_call  # type: ignore[method-assign]
+        nn.Module.__getattr__ = _orig_getattr  # type: ignore[method-assign]
+        for module, mode in modes.items():
+            module.__dict__["training"] = mode
+
+
+def trace(model: nn.Module, args: Mapping[str, Any], call: Callable[..., Any], fakes: Fakes, training: bool) -> Traced:
+    """Trace `model` in the given mode. `args` are the inputs by placeholder name, `call(model, inputs)` calls it with them.
+
+    Raises UntraceableError, with the model's line, where its code does what a graph can't hold, BatchFixedError where
+    it only works at the example's batch size.
+    """
+    names: dict[int, str] = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        names.setdefault(id(tensor), name)
+    recorder = Recorder(fx.Graph(), fakes, names, fakes.device)
+    twins = Twins(recorder, training)
+    recorder.twin = twins.match
+    run = _Run(recorder, training, {module: name for name, module in reversed(list(model.named_modules()))}, twins)
+    inputs = {name: recorder.input(name, example) for name, example in args.items()}
+    with _patched(run, model), torch.enable_grad(), _Mode(recorder):
+        output = _run_traced(recorder, model, call, inputs)
+        recorder.graph.output(recorder.argument(plain(output, recorder)))
+    return Traced(recorder, twins.found, run.reads_training)
+
+
+def _run_traced(recorder: Recorder, model: nn.Module, call: Callable[..., Any], inputs: Mapping[str, Any]) -> Any:
+    try:
+        return call(model, inputs)
+    except (UntraceableError, BatchFixedError):
+        raise
+    except RAISED_BY_MODELS as error:
+        raise UntraceableError(f"{type(error).__name__}: {error}", innermost(error)) from error
+
+
+def innermost(error: BaseException) -> str:
+    """The last line of the model that `error` came through."""
+    from .frames import _is_user, line_of
+
+    place, traceback = "", error.__traceback__
+    while traceback is not None:
+        filename = traceback.tb_frame.f_code.co_filename
+        if _is_user(filename):
+            place = line_of(filename, traceback.tb_lineno)
+        traceback = traceback.tb_next
+    return place
+
+
+def plain(output: Any, recorder: Recorder) -> Any:
+    """The model's output in plain containers: tuples and lists stay, named tuples become tuples, mappings and dataclasses
+    (the outputs of transformers) become dicts without their None entries. What no graph can hold is left out, with a note."""
+    if output is None or isinstance(output, Tensor | DynInt | DynFloat | bool | int | float | str):
+        return output
+    if isinstance(output, Mapping):
+        return {str(key): plain(value, recorder) for key, value in output.items() if value is not None and _holds(value, key, recorder)}
+    if dataclasses.is_dataclass(output):
+        fields = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
+        return plain(fields, recorder)
+    if isinstance(output, tuple | list):
+        items = [plain(value, recorder) for value in output if _holds(value, "an item", recorder)]
+        return items if isinstance(output, list) else tuple(items)
+    raise UntraceableError(f"the model returns a {type(output).__name__}")
+
+
+def _holds(value: Any, key: Any, recorder: Recorder) -> bool:
+    """Whether a graph can return `value`; a note where it can't."""
+    fits = (value is None or isinstance(value, Tensor | DynInt | DynFloat | bool | int | float | str | Mapping | tuple | list)
+            or dataclasses.is_dataclass(value))
+    if not fits:
+        recorder.notes.append(f"the output `{key}` is a {type(value).__name__}, which a graph can't return: it is left out")
+    return fits
+
+
