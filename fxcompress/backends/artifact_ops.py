@@ -31,7 +31,8 @@ READABLE = frozenset({"shape", "dtype", "device", "ndim", "T", "mT", "H", "mH", 
 _ATEN = re.compile(r"aten\.([a-zA-Z0-9][a-zA-Z0-9_]{0,63})\.([a-zA-Z0-9][a-zA-Z0-9_]{0,63})")
 _PLAIN_TYPES = frozenset({"Tensor", "int", "float", "bool", "number", "Scalar", "SymInt", "ScalarType", "Layout",
                           "Device", "MemoryFormat", "complex", "None"})
-_BACKEND = re.compile(r"(cudnn|miopen|mkldnn|fbgemm|quantized|thnn|slow|sparse|to_mkldnn|to_sparse|choose_qparams)(_|$)|.*_backward_")
+_INTERNAL = re.compile(r"_|.*_backward(_|$)|(cudnn|miopen|mkldnn|fbgemm|quantized|thnn|slow|sparse|to_mkldnn|to_sparse|"
+                       r"choose_qparams)(_|$)")
 _RAW_MEMORY = re.compile(r"(as_strided|empty|new_empty|set|resize|from_file|record_stream)(_|$)")
 
 
@@ -71,7 +72,7 @@ def why_not(overload: torch._ops.OpOverload) -> str | None:
     name = schema.name.removeprefix("aten::")
     if schema.is_mutable:
         return "changes its arguments"
-    if name.startswith("_") or name.endswith("_backward") or _BACKEND.match(name):
+    if _INTERNAL.match(name):
         return "is an internal operator"
     if _RAW_MEMORY.match(name):
         return "can show memory that no input holds"

@@ -2,6 +2,7 @@
 
     out/manifest.json                 format, version, the name of the data folder, size and sha256 of each file
     out/<16 hex digits>/graph.json    and weights.safetensors, policy.fxc, plan.json, report.json
+    out/graph.json, ...               links to these, for people and their tools; nothing here reads them
 
 A save writes a new data folder beside the old one, flushes it to the disk, and then puts the new manifest in the place
 of the old by one `os.replace`. That one rename is the whole switch: a reader sees the old manifest with the old files
@@ -37,7 +38,7 @@ FILES = ("graph.json", "weights.safetensors", "policy.fxc", "plan.json", "report
 MAX_FILE_BYTES = 2**40
 MAX_MANIFEST_BYTES = 2**20
 _DATA = re.compile(r"[0-9a-f]{16}")
-_LEFTOVER = re.compile(r"[0-9a-f]{16}(\.new)?")
+_LEFTOVER = re.compile(r"[0-9a-f]{16}(\.new|\.json|\.link)?")
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,7 @@ def write(directory: str | os.PathLike[str], files: Mapping[str, bytes]) -> Mani
         with _locked(folder):
             _write_data(folder, manifest, files)
             _switch(folder, manifest)
+            _link(folder, manifest)
             _sweep(folder, keep=manifest.data)
     except OSError as error:
         raise ArtifactError([Diagnostic(
@@ -144,7 +146,7 @@ def write(directory: str | os.PathLike[str], files: Mapping[str, bytes]) -> Mani
 
 def _refuse_strangers(folder: Path) -> None:
     """Refuse a folder that holds other things and no artifact: data folders are swept, so it must be ours."""
-    strangers = [entry.name for entry in folder.iterdir() if not _LEFTOVER.fullmatch(entry.name.removesuffix(".json"))]
+    strangers = [entry.name for entry in folder.iterdir() if not _LEFTOVER.fullmatch(entry.name)]
     if strangers and not (folder / MANIFEST).exists():
         fail("FXC0612", f"{printable(str(folder), 200)} holds other files and no artifact",
              f"{printable(sorted(strangers)[0])} is there, for one", help_="name a new or an empty folder")
@@ -167,13 +169,26 @@ def _switch(folder: Path, manifest: Manifest) -> None:
     _flush_folder(folder)
 
 
+def _link(folder: Path, manifest: Manifest) -> None:
+    """Point the links of the folder at the new data, each at once; the data that they pointed at is still there."""
+    for name in FILES:
+        new = folder / f"{manifest.data}.link"
+        if (folder / name).exists() and not (folder / name).is_symlink():  # a file of the user's
+            continue
+        try:
+            new.symlink_to(Path(manifest.data) / name)
+        except OSError:  # not every file system (nor Windows without rights) has links; they are a convenience
+            return
+        os.replace(new, folder / name)
+
+
 def _sweep(folder: Path, keep: str) -> None:
     """Remove data folders that no manifest names, and what a killed writer left."""
     for entry in folder.iterdir():
-        name = entry.name.removesuffix(".json")
-        if name == keep or not _LEFTOVER.fullmatch(name) or entry.is_symlink():
+        name = entry.name
+        if name == keep or not _LEFTOVER.fullmatch(name):
             continue
-        if entry.is_dir():
+        if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry, ignore_errors=True)  # a reader on Windows may hold a file; the next save tries again
         else:
             entry.unlink(missing_ok=True)

@@ -229,7 +229,7 @@ def read_tensors(root: nn.Module, entries: Cursor, stored: dict[str, Tensor], de
         else:
             tensor = _stored_tensor(fields, name, role, stored, device)
         persistent = fields["persistent"].boolean() if "persistent" in fields else True
-        _place(holders[holder], own, role, tensor, persistent, fields["name"].place)
+        _place(holders[holder], own, role, tensor, persistent=persistent, place=fields["name"].place)
         names[name] = (role, tensor)
     _check_all_filled(root, stored)
     return frozenset(names)
@@ -269,7 +269,8 @@ def _stored_tensor(fields: Any, name: str, role: str, stored: dict[str, Tensor],
     return tensor.requires_grad_(requires_grad)
 
 
-def _place(holder: nn.Module, name: str, role: str, tensor: Tensor, persistent: bool, place: str) -> None:
+def _place(holder: nn.Module, name: str, role: str, tensor: Tensor, *, persistent: bool,
+           place: str) -> None:
     made = {"parameter": holder._parameters, "buffer": holder._buffers}.get(role, {})
     if name in made:
         old = made[name]

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from types import EllipsisType
 from typing import Any
 
@@ -95,13 +97,18 @@ def _named(value: torch.dtype | torch.memory_format | torch.layout) -> dict[str,
     raise UnsaveableError(f"the value {value}")
 
 
+@dataclass(frozen=True)
 class Decoder:
     """Turns tagged JSON into values. `nodes` are those already made: a graph can't refer to a later one, so it has no
     cycle. `device` is where the weights go."""
 
-    def __init__(self, nodes: Mapping[str, fx.Node], device: torch.device) -> None:
-        self.nodes, self.device = nodes, device
-        self.tags: Mapping[str, Callable[[Cursor], Any]] = {
+    nodes: Mapping[str, fx.Node]
+    device: torch.device
+
+    @cached_property
+    def tags(self) -> Mapping[str, Callable[[Cursor], Any]]:
+        """How the value of each tag is read."""
+        return {
             "node": self._node,
             "tuple": lambda c: tuple(self.value(item) for item in c.items()),
             "dict": self._dict,

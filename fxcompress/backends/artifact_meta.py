@@ -1,0 +1,93 @@
+"""What a node remembers, to plain data and back: its facts, its place in the model's source, its provenance.
+
+Texts are shown by `inspect` and `explain`; nothing is ever computed from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..graph.captured import Origin
+from ..graph.facts import NodeFact
+from .artifact_json import Cursor, fail
+from .artifact_values import DTYPES, UnsaveableError
+
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_TEXTS, _FLAGS = ("path", "source"), ("no_grad",)
+
+
+def save_meta(node: fx.Node) -> dict[str, Any]:
+    """What an artifact keeps of `node.meta`; empty if there is nothing."""
+    meta: dict[str, Any] = {name: str(node.meta[name]) for name in _TEXTS if node.meta.get(name)}
+    meta.update({name: True for name in _FLAGS if node.meta.get(name)})
+    fact = node.meta.get("fxc")
+    if isinstance(fact, NodeFact):
+        meta["fact"] = {field.name: _plain(getattr(fact, field.name)) for field in fields(NodeFact)}
+    origins = node.meta.get("origins", ())
+    if origins:
+        meta["origins"] = [[o.verb, o.place, o.line, o.phase, o.detail, list(o.was)] for o in origins]
+    return meta
+
+
+def _plain(value: Any) -> Any:
+    """Nested tuples as lists; a dtype as `{"dtype": name}`."""
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    if isinstance(value, torch.dtype):
+        if value not in _DTYPE_NAMES:
+            raise UnsaveableError(f"a value of {value}")
+        return {"dtype": _DTYPE_NAMES[value]}
+    return value
+
+
+def read_meta(node: fx.Node, cursor: Cursor | None) -> None:
+    """Put back what `save_meta` kept. Raises ArtifactError."""
+    if cursor is None:
+        return
+    known = cursor.fields((), (*_TEXTS, *_FLAGS, "fact", "origins"))
+    node.meta.update({name: known[name].text() for name in _TEXTS if name in known})
+    node.meta.update({name: known[name].boolean() for name in _FLAGS if name in known})
+    if "fact" in known:
+        node.meta["fxc"] = _fact(known["fact"])
+    if "origins" in known:
+        node.meta["origins"] = tuple(_origin(item) for item in known["origins"].items())
+
+
+def _row(cursor: Cursor, count: int) -> list[Cursor]:
+    items = cursor.items(64)
+    if len(items) != count:
+        fail("FXC0604", f"{cursor.place}: {count} elements were expected, {len(items)} stand there")
+    return items
+
+
+def _fact(cursor: Cursor) -> NodeFact:
+    values = cursor.fields(tuple(field.name for field in fields(NodeFact)))
+    return NodeFact(
+        kind=values["kind"].text(), path=values["path"].text(), source=values["source"].text(),
+        shape=_nested(values["shape"], lambda c: None if c.value is None else c.integer(0)),
+        dtype=_nested(values["dtype"], _dtype), dynamic=_nested(values["dynamic"], lambda c: c.boolean()),
+        params=values["params"].integer(0), macs=values["macs"].integer(0), bytes=values["bytes"].integer(0),
+        value_bytes=values["value_bytes"].integer(0))
+
+
+def _nested(cursor: Cursor, leaf: Callable[[Cursor], Any]) -> Any:
+    if isinstance(cursor.value, list):
+        return tuple(_nested(item, leaf) for item in cursor.items())
+    return leaf(cursor)
+
+
+def _dtype(cursor: Cursor) -> Any:
+    if isinstance(cursor.value, dict):
+        return DTYPES[cursor.fields(("dtype",))["dtype"].choice(tuple(DTYPES))]
+    return None if cursor.value is None else cursor.text(200)
+
+
+def _origin(cursor: Cursor) -> Origin:
+    verb, place, line, phase, detail, was = _row(cursor, 6)
+    return Origin(verb.text(), place.text(), line.text(), phase.text(), detail.text(),
+                  tuple(item.text() for item in was.items()))
