@@ -49,10 +49,9 @@ class Glob:
     def _skip(self, places: set[int]) -> set[int]:
         """`places` and those behind `**` parts that stand for nothing."""
         more = set(places)
-        for place in sorted(places):
-            while place < len(self.parts) and self.parts[place] is None:
-                place += 1
-                more.add(place)
+        for place, part in enumerate(self.parts):
+            if part is None and place in more:
+                more.add(place + 1)
         return more
 
     @property
@@ -116,7 +115,7 @@ def _bounded(text: str) -> None:
             groups[-1] = groups[-1] or closed
             if text[place: place + 1] in ("*", "+", "{") and closed and _repeat(text, place) is not None:
                 raise PatternError(
-                    f'`re"{text}"` repeats a group that itself repeats or has alternatives: on some paths that never ends',
+                    f'`re"{text}"` repeats a group that itself repeats or has alternatives: that can take for ever',
                     "let a glob cross the parts (`encoder.**.conv1`), or join selectors with `|`")
             continue
         found = _repeat(text, place)
@@ -130,7 +129,8 @@ def _bounded(text: str) -> None:
     if repetitions > MOST_REPETITIONS or options > MOST_OPTIONS:
         raise PatternError(
             f'`re"{text}"` has {repetitions} repetitions and {options} optional parts; the most allowed are '
-            f"{MOST_REPETITIONS} and {MOST_OPTIONS}", "use a glob, where `*` and `**` cost nothing, or several predicates")
+            f"{MOST_REPETITIONS} and {MOST_OPTIONS}",
+            "use a glob, where `*` and `**` cost nothing, or several predicates")
 
 
 def _repeat(text: str, place: int) -> tuple[int, bool] | None:

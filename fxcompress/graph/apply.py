@@ -1,0 +1,92 @@
+"""Carrying out one pass: rewrite, refresh the facts, record what was done, verify. Plan, engine and Python all go here."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING
+
+from ..diagnostics import PolicyError, Sink
+from ..policy import parse_selector
+from ..policy.values import Ramp
+from .captured import Captured
+from .ops import kind_of, path_of
+from .provenance import origins_of, touch
+from .select import Selecting, label, quoted
+from .site import Outcome, Site
+from .verify import Before, verify
+
+if TYPE_CHECKING:
+    from torch import fx
+
+    from ..passbase import Pass
+    from ..policy.selector import Selector
+
+
+def carry_out(captured: Captured, pass_: Pass, site: Site) -> Outcome:
+    """Run `pass_` on `site` of `captured`, in place, and verify what it left.
+
+    Raises what the pass raises, and RewriteError (FXC0550 and up) with the pass, the node and the policy line where an
+    invariant doesn't hold; then `captured` is not fit for further use.
+    """
+    before = Before.of(captured)
+    outcome = pass_.rewrite(captured, site)
+    _record(captured, pass_, site, outcome, before)
+    verify(captured, before, pass_, site)
+    return outcome
+
+
+def _record(captured: Captured, pass_: Pass, site: Site, outcome: Outcome, before: Before) -> None:
+    """Put the pass's changes into the provenance of the layers it changed, where the pass itself has not."""
+    by_name: dict[str, list[fx.Node]] = {}
+    for node in captured.module.graph.nodes:
+        for name in {node.name, path_of(node)}:
+            by_name.setdefault(name, []).append(node)
+    for change in outcome.changes:
+        for node in by_name.get(change.path, ()):
+            if len(origins_of(node)) == len(before.origins.get(node.name, ())):
+                touch(node, pass_, site, f"{change.what} {change.before} -> {change.after}")
+
+
+def fitting(pass_: Pass | type[Pass], selecting: Selecting, selector: Selector,
+            nodes: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
+    """Those of `nodes` that `pass_` works on. Others are passed over where the selection is by place (`*`, a path); in a
+    selection by kind they are an error (FXC0208), as is nothing being left; errors go to the sink of `selecting`."""
+    if not pass_.kinds or not nodes:
+        return nodes
+    fit = tuple(node for node in nodes if kind_of(node) in pass_.kinds)
+    others = [node for node in nodes if node not in fit]
+    if others and (not fit or not selecting.is_open(selector)):
+        kind = kind_of(others[0])
+        selecting.sink.error(
+            "FXC0208", f"`{pass_.verb}` doesn't work on {kind}", selector.span,
+            f"selects `{label(others[0])}`" + (f" and {len(others) - 1} more" if len(others) > 1 else ""),
+            notes=(f"it works on {quoted(pass_.kinds)}",), help="narrow the selection to these kinds")
+        return ()
+    return fit
+
+
+def at_end(pass_: Pass) -> Pass:
+    """`pass_` with every ramp at its end."""
+    ends = {f.name: value.end for f in fields(pass_) if isinstance(value := getattr(pass_, f.name), Ramp)}
+    return replace(pass_, **ends)
+
+
+def apply_pass(pass_: Pass, captured: Captured, selector: str = "*", what: str | None = None) -> Captured:
+    """A copy of `captured` with `pass_` applied to what `selector` selects, ramps at their end, verified.
+
+    Raises PolicyError for a selector that is wrong or selects nothing, what the pass raises, and RewriteError if it
+    breaks an invariant. `captured` stays as it is.
+    """
+    parsed = parse_selector(selector)
+    copy = captured.copy()
+    sink = Sink()
+    selecting = Selecting(copy, {}, sink)
+    nodes = selecting.select(parsed)
+    nodes = fitting(pass_, selecting, parsed, nodes)
+    if pass_.whats and what not in pass_.whats:
+        sink.error("FXC0210", f"`{pass_.verb}` wants to know what to work on" if what is None else
+                   f"`{pass_.verb}` doesn't work on {what}",
+                   help=f"pass `what=`: one of {quoted(pass_.whats)}")
+    sink.raise_if_errors(PolicyError)
+    carry_out(copy, at_end(pass_), Site(nodes, what, selection=selector))
+    return copy

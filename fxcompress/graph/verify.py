@@ -1,0 +1,278 @@
+"""The verifier: what must hold of a captured graph after every pass. One table, `INVARIANTS`, apart from the passes.
+
+Invariants are checked in stages: what makes a graph, that it runs, what it means. A later stage is asked only where the
+earlier ones hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, fx, nn
+
+from ..diagnostics import Diagnostic, Label, RewriteError
+from .captured import Captured, Origin
+from .modules import leaf_of
+from .ops import BY_TARGET, kind_of, module_of, path_of
+from .provenance import origins_of
+from .select import label
+
+if TYPE_CHECKING:
+    from ..passbase import Pass
+    from .site import Site
+
+Signature = tuple[str, str, int]  # operation, target, parameters of its own
+
+
+@dataclass(frozen=True)
+class Before:
+    """What the verifier remembers of a graph, to compare it with what a pass leaves."""
+
+    inputs: tuple[str, ...]
+    results: Any  # (shape, dtype) of what the model gives back
+    nodes: Mapping[str, Signature]
+    origins: Mapping[str, tuple[Origin, ...]]
+    state: frozenset[str]  # the names in state_dict
+    readers: Mapping[str, str]  # those of them that the graph reads -> a node that reads it
+    trained: Mapping[str, bool]  # parameter -> requires_grad
+    kinds: frozenset[str]
+
+    @classmethod
+    def of(cls, captured: Captured) -> Before:
+        """Remember `captured` as it is now; its facts must be current."""
+        graph = captured.module.graph
+        return cls(
+            inputs=tuple(str(node.target) for node in graph.nodes if node.op == "placeholder"),
+            results=results_of(graph),
+            nodes={node.name: signature(node) for node in graph.nodes},
+            origins={node.name: origins_of(node) for node in graph.nodes},
+            state=frozenset(captured.module.state_dict()),
+            readers=readers(captured),
+            trained={name: value.requires_grad for name, value in captured.module.named_parameters()},
+            kinds=frozenset(kind_of(node) for node in graph.nodes),
+        )
+
+
+@dataclass(frozen=True)
+class Violation:
+    """An invariant that doesn't hold: at which node ("" for the whole graph), and how."""
+
+    node: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Invariant:
+    """One row of the table."""
+
+    name: str
+    code: str
+    stage: int
+    check: Callable[[Captured, Before], Iterator[Violation]]
+
+
+def signature(node: fx.Node) -> Signature:
+    """What a pass changes when it changes what a node computes with."""
+    return node.op, str(node.target), int(getattr(node.meta.get("fxc"), "params", 0))
+
+
+def results_of(graph: fx.Graph) -> Any:
+    """(shape, dtype) of the output."""
+    fact = next(iter(reversed(graph.nodes))).meta.get("fxc")
+    return getattr(fact, "shape", None), getattr(fact, "dtype", None)
+
+
+def readers(captured: Captured) -> dict[str, str]:
+    """For every name in `state_dict` that the graph reads, one node that reads it."""
+    by_target = {str(node.target): node.name for node in captured.module.graph.nodes
+                 if node.op in ("get_attr", "call_module")}
+    found = {}
+    for key in captured.module.state_dict():
+        parts = key.split(".")
+        owners = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
+        reader = next((by_target[owner] for owner in owners if owner in by_target), None)
+        if reader is not None:
+            found[key] = reader
+    return found
+
+
+# What makes a graph
+
+
+def _targets(captured: Captured, before: Before) -> Iterator[Violation]:
+    for node in captured.module.graph.nodes:
+        if node.op not in ("call_module", "get_attr"):
+            continue
+        owner, _, name = str(node.target).rpartition(".")
+        try:
+            found = getattr(captured.module.get_submodule(owner), name, None)
+        except AttributeError:
+            found = None
+        if found is None or (node.op == "call_module" and not isinstance(found, nn.Module)):
+            yield Violation(node.name, f"its target `{node.target}` is not in the model")
+
+
+def _lint(captured: Captured, before: Before) -> Iterator[Violation]:
+    try:
+        captured.module.graph.lint()
+    except (RuntimeError, ValueError) as error:
+        yield Violation("", str(error).strip().splitlines()[0])
+
+
+def _in_place(captured: Captured, before: Before) -> Iterator[Violation]:
+    for node in captured.module.graph.nodes:
+        name = str(getattr(node.target, "__name__", node.target)).rpartition(".")[2]
+        function = node.op in ("call_function", "call_method")
+        if function and ((name.endswith("_") and not name.endswith("__")) or name in IN_PLACE_OPERATORS):
+            yield Violation(node.name, f"`{name}` works in place")
+        elif function and (node.kwargs.get("inplace") or node.kwargs.get("out") is not None):
+            yield Violation(node.name, "it writes into one of its arguments")
+        elif node.op == "call_module" and getattr(module_of(node), "inplace", False):
+            yield Violation(node.name, f"its module `{node.target}` works in place")
+
+
+IN_PLACE_OPERATORS = frozenset(
+    {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor", "setitem"})
+
+
+def _canonical(captured: Captured, before: Before) -> Iterator[Violation]:
+    for node in captured.module.graph.nodes:
+        known = (node.op == "call_function" and node.target in BY_TARGET) or (node.op == "call_module" and (
+            leaf_of(type(module_of(node))) is not None or hasattr(module_of(node), "fxc_kind")))
+        if node.op.startswith("call_") and not known and kind_of(node) not in before.kinds:
+            yield Violation(node.name, f"`{kind_of(node)}` is not a canonical operator (graph/ops.py)")
+
+
+# That it runs
+
+
+def _runs(captured: Captured, before: Before) -> Iterator[Violation]:
+    try:
+        captured.refresh()
+    except RewriteError as error:
+        for found in error.diagnostics:
+            yield Violation("", found.message + "".join(f"; {note}" for note in found.notes))
+
+
+# What it means
+
+
+def _signature_kept(captured: Captured, before: Before) -> Iterator[Violation]:
+    graph = captured.module.graph
+    inputs = tuple(str(node.target) for node in graph.nodes if node.op == "placeholder")
+    if inputs != before.inputs:
+        yield Violation("", f"the inputs were {', '.join(before.inputs)} and are {', '.join(inputs) or 'none'}")
+    results = results_of(graph)
+    if results != before.results:
+        yield Violation("output", f"the model gave {_shown(before.results)} and gives {_shown(results)}")
+
+
+def _shown(results: Any) -> str:
+    shape, dtype = results
+    return f"{dtype} of shape {shape}"
+
+
+def _state(captured: Captured, before: Before) -> Iterator[Violation]:
+    now, read = captured.module.state_dict(), readers(captured)
+    present = {node.name for node in captured.module.graph.nodes}
+    for key, reader in before.readers.items():
+        if key not in now and reader in present:
+            yield Violation(reader, f"`{key}` is gone from state_dict, and the layer is still there")
+    for key in now:
+        if key not in read and (key in before.readers or key not in before.state):
+            yield Violation(key, "nothing in the graph reads it")
+
+
+def _masks(captured: Captured, before: Before) -> Iterator[Violation]:
+    for node in captured.module.graph.nodes:
+        if node.op != "call_module" or kind_of(node) != "mask":
+            continue
+        weight, mask = node.args[0], getattr(module_of(node), "mask", None)
+        if not isinstance(weight, fx.Node) or weight.op != "get_attr" or not isinstance(mask, Tensor):
+            yield Violation(node.name, "a mask must stand on a parameter")
+            continue
+        shape = getattr(weight.meta.get("fxc"), "shape", None)
+        if tuple(mask.shape) != shape:
+            yield Violation(node.name, f"the mask has shape {tuple(mask.shape)}, its parameter {shape}")
+        for user in node.users:
+            if user.op != "call_function" or not _has_holder(captured, user):
+                yield Violation(user.name, "a masked weight must be read by a function that stands at its layer's path")
+
+
+def _has_holder(captured: Captured, node: fx.Node) -> bool:
+    try:
+        captured.module.get_submodule(path_of(node))
+    except AttributeError:
+        return False
+    return True
+
+
+def _provenance(captured: Captured, before: Before) -> Iterator[Violation]:
+    for node in captured.module.graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        if node.name not in before.nodes and not origins_of(node):
+            yield Violation(node.name, "it is new and doesn't say which rule made it (graph/provenance.py)")
+        elif node.name in before.nodes and before.nodes[node.name] != signature(node) and (
+                len(origins_of(node)) <= len(before.origins[node.name])):
+            yield Violation(node.name, "it was changed and doesn't say by which rule (graph/provenance.py)")
+
+
+def _gradients(captured: Captured, before: Before) -> Iterator[Violation]:
+    now = dict(captured.module.named_parameters())
+    buffers = dict(captured.module.named_buffers())
+    for name, trained in before.trained.items():
+        if name in buffers:
+            yield Violation(name, "it was a parameter and is a buffer")
+        elif name in now and now[name].requires_grad != trained:
+            yield Violation(name, f"its requires_grad was {trained} and is {not trained}")
+
+
+INVARIANTS: tuple[Invariant, ...] = (
+    Invariant("targets are in the model", "FXC0551", 0, _targets),
+    Invariant("the graph lints", "FXC0550", 0, _lint),
+    Invariant("nothing works in place", "FXC0556", 0, _in_place),
+    Invariant("operators are canonical", "FXC0557", 0, _canonical),
+    Invariant("it runs on fake tensors", "FXC0552", 1, _runs),
+    Invariant("inputs and outputs are kept", "FXC0553", 2, _signature_kept),
+    Invariant("state_dict matches the graph", "FXC0554", 2, _state),
+    Invariant("masks fit their parameters", "FXC0555", 2, _masks),
+    Invariant("changed nodes have provenance", "FXC0558", 2, _provenance),
+    Invariant("parameters stay trainable", "FXC0559", 2, _gradients),
+)
+
+
+def violations(captured: Captured, before: Before) -> list[tuple[Invariant, Violation]]:
+    """What doesn't hold of `captured`, whose facts are computed anew on the way; of the first stage where anything
+    doesn't."""
+    for stage in sorted({invariant.stage for invariant in INVARIANTS}):
+        found = [(invariant, violation) for invariant in INVARIANTS if invariant.stage == stage
+                 for violation in invariant.check(captured, before)]
+        if found:
+            return found
+    return []
+
+
+def verify(captured: Captured, before: Before, pass_: Pass | None = None, site: Site | None = None) -> None:
+    """Check every invariant of what `pass_` made at `site` out of the graph `before`.
+
+    Raises RewriteError with one diagnostic for each violation: FXC0550 to FXC0559, with the pass, the node and the policy
+    line.
+    """
+    found = violations(captured, before)
+    if found:
+        raise RewriteError([_diagnostic(captured, invariant, violation, pass_, site) for invariant, violation in found])
+
+
+def _diagnostic(captured: Captured, invariant: Invariant, violation: Violation, pass_: Pass | None,
+                site: Site | None) -> Diagnostic:
+    who = f"`{pass_.verb}`" if pass_ is not None else "a rewrite"
+    node = next((node for node in captured.module.graph.nodes if node.name == violation.node), None)
+    where = f"`{label(node)}`" if node is not None else f"`{violation.node}`" if violation.node else "the graph"
+    primary = Label(site.span, f"{who} was asked for here") if site is not None and site.span is not None else None
+    return Diagnostic(
+        invariant.code, f"{who} broke an invariant at {where}: {violation.reason}", primary,
+        notes=(f"the invariant: {invariant.name}",),
+        help="this is a mistake in the pass, not in the policy: report it to the pass's author; nothing was written")
