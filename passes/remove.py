@@ -1,4 +1,4 @@
-"""`remove`: take whole channels, heads or hidden units out of a model, so that what remains is a smaller dense model."""
+"""`remove`: take whole channels, heads or hidden units out of a model; what remains is a smaller dense model."""
 
 from __future__ import annotations
 
@@ -31,17 +31,18 @@ class Remove(Pass):
     ratio: float = param(Percent(), "share of the selected channels to remove")
     by: str = param(Registered("CRITERIA"), "what the least important channels are least in", "l2")
     align: int = param(Integer(low=1), "round the channels left in a layer to the nearest multiple of this", 1)
-    scope: str = param(Choice(("local", "global")), "rank within each group of coupled layers, or over all of them", "local")
+    scope: str = param(Choice(("local", "global")), "rank within each group of coupled layers, or over all of them",
+                       "local")
     couple: str = param(Choice(("extend", "skip", "error")),
                         "what to do with layers that are tied to selected ones and not selected themselves", "extend")
     min_channels: int = param(Integer(low=1), "leave at least this many channels in every layer", 1)
-    exact: bool = param(Boolean(), "refuse where a normalisation over the removed dimension makes the result inexact", False)
+    exact: bool = param(Boolean(), "refuse where a normalisation over the removed dimension makes it inexact", False)
     verify: str = param(Choice(("on", "off")), "prove the result equal to the model with those channels zeroed", "on")
     seed: int = param(Integer(low=0), "seed of `by = random`", 0)
 
     def rewrite(self, graph: Captured, site: Site) -> Outcome:
-        """Remove from the layers of `site`. Raises PlanError (FXC0304, FXC0340 to FXC0343) where that can't be done, and
-        RewriteError (FXC0541) where the result would be wrong; then `graph` is as it was."""
+        """Remove from the layers of `site`. Raises PlanError (FXC0304, FXC0340 to FXC0343) where that can't be done,
+        and RewriteError (FXC0541) where the result would be wrong; then `graph` is as it was."""
         from fxcompress.passes.shared.removing import remove
 
         return remove(self, graph, site)

@@ -19,7 +19,7 @@ Attributes = Callable[[Any], Mapping[str, object]]
 
 @dataclass(frozen=True)
 class Removal:
-    """What left: `gone` says it of every label of `coupling`, `resized` gives each tensor's (dimension, kept indices)."""
+    """What left: `gone` says it of every label of `coupling`; `resized`: each tensor's (dimension, kept indices)."""
 
     coupling: Coupling
     gone: Kept

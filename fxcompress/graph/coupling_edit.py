@@ -37,7 +37,7 @@ class Edit:
     flow: Flow
     gone: Kept
     modules: dict[str, dict[str, Any]] = field(default_factory=dict)  # attributes of modules that change, by path
-    later: list[Callable[[], None]] = field(default_factory=list)  # rewrites that replace nodes, run after all constants
+    later: list[Callable[[], None]] = field(default_factory=list)  # rewrites that replace nodes, run last
     _kept: dict[int, Kept | None] = field(default_factory=dict)
 
     def kept(self, dim: Dim) -> Kept | None:

@@ -26,11 +26,12 @@ Dim = Labels | None
 Dims = tuple[Dim, ...]
 Value = Any  # Dims of a tensor, a list of Values of a tuple, None of anything else
 Rule = Callable[["Flow", fx.Node, Mapping[str, Any]], Value]
+Arguments = Callable[[fx.Node], Mapping[str, Any]]
 
 RULES: dict[str, Rule] = {}
 
 
-class NoRule(Exception):
+class NoRuleError(Exception):
     """A rule meets a form of its operator that it doesn't cover: the node becomes a barrier, with this reason."""
 
 
@@ -73,7 +74,7 @@ class Produced:
 
 @dataclass(frozen=True)
 class Consumed:
-    """Where labels are contracted away: along `dim` of the tensor named `target`, or of the input `target` of `node`."""
+    """Where labels are contracted away: along `dim` of the tensor named `target`, or of the input node `target`."""
 
     node: fx.Node
     target: str | fx.Node
@@ -103,6 +104,7 @@ class Flow:
     weak: list[int] = field(default_factory=list)  # starts and ends of label ranges that only repeat a constant
 
     def __post_init__(self) -> None:
+        """Look the nodes and tensors of the model up once."""
         module = self.captured.module
         self.nodes = list(module.graph.nodes)
         self.index = {node: place for place, node in enumerate(self.nodes)}
@@ -159,7 +161,7 @@ class Flow:
         if a is b:
             return a
         if len(a) != len(b):
-            raise NoRule("dimensions of different sizes meet")
+            raise NoRuleError("dimensions of different sizes meet")
         free = (a >= 0) & (b >= 0)
         if not free.all():
             self.fix(a[~free], reason)
@@ -242,9 +244,6 @@ class Flow:
         """The module the current node calls."""
         return self.captured.module.get_submodule(str(self.node.target))
 
-    def __repr__(self) -> str:
-        return f"Flow({len(self.values)} nodes, {self.count} labels)"
-
 
 def shape_of(node: object) -> tuple[int, ...]:
     """The shape of a node's tensor value; empty for anything else."""
@@ -284,25 +283,26 @@ def tracked(value: Value) -> list[Labels]:
     return [labels for part in value or () for labels in tracked(part)] if isinstance(value, tuple | list) else []
 
 
-def run(flow: Flow, arguments: Callable[[fx.Node], Mapping[str, Any]]) -> None:
+def run(flow: Flow, arguments: Arguments) -> None:
     """Interpret the whole graph of `flow`. Unknown operators become barriers."""
     for node in flow.nodes:
         flow.node = node
-        fact = node.meta.get("fxc")
-        shape = getattr(fact, "shape", None)
-        kind = getattr(fact, "kind", None) or kind_of(node)
-        flow.values[node] = _apply(flow, node, kind, shape, arguments)
+        flow.values[node] = _apply(flow, node, arguments)
 
 
-def _apply(flow: Flow, node: fx.Node, kind: str, shape: object, arguments: Callable[[fx.Node], Mapping[str, Any]]) -> Value:
+def _apply(flow: Flow, node: fx.Node, arguments: Arguments) -> Value:
+    fact = node.meta.get("fxc")
+    shape, kind = getattr(fact, "shape", None), getattr(fact, "kind", None) or kind_of(node)
     function = RULES.get(kind)
     if function is None:
         return barrier(flow, node, shape, "has no rule")
     try:
         value = function(flow, node, arguments(node))
-    except NoRule as reason:
+    except NoRuleError as reason:
         return barrier(flow, node, shape, str(reason))
-    return value if fits(value, shape) else barrier(flow, node, shape, "has a result of another shape than its rule says")
+    if not fits(value, shape):
+        return barrier(flow, node, shape, "has a result of another shape than its rule says")
+    return value
 
 
 def barrier(flow: Flow, node: fx.Node, shape: object, reason: str) -> Value:

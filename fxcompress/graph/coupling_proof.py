@@ -1,4 +1,4 @@
-"""The proof of a removal: the smaller model equals the larger one with the consumers' weights for what left set to zero.
+"""The proof of a removal: the smaller model equals the larger one, the consumers' weights for what left set to zero.
 
 Both run on the example inputs, in evaluation mode. Zeroing is done where labels are contracted away: in the weights of
 the layer that sums over them, or, for a product of two computed values, in one of its operands.
@@ -39,7 +39,8 @@ class Proof:
         return self.error <= (TOLERANCE_64 if self.dtype == torch.float64 else TOLERANCE)
 
 
-def prove(original: Captured, rewritten: Captured, coupling: Coupling, gone: Kept, example: Example | None = None) -> Proof:
+def prove(original: Captured, rewritten: Captured, coupling: Coupling, gone: Kept,
+          example: Example | None = None) -> Proof:
     """Compare `rewritten` with `original`, whose `coupling` it is, its consumers' weights for the labels `gone` zeroed.
 
     A difference in float32 that float64 doesn't confirm is rounding; then the proof is the one in float64. Raises
@@ -51,11 +52,11 @@ def prove(original: Captured, rewritten: Captured, coupling: Coupling, gone: Kep
         proof = _compare(original, rewritten, coupling, gone, example, torch.float64)
     if not proof.holds:
         raise RewriteError([Diagnostic(
-            "FXC0541", f"the model with its channels removed differs from the model with them zeroed by {proof.error:.2g}",
+            "FXC0541", f"the model without these channels differs from the model with them zeroed by {proof.error:.2g}",
             notes=("the difference is relative to the largest output, on the example inputs, in float64",
                    "nothing was changed"),
-            help="this is a defect of a transfer rule: please report it with the model; until then leave the layers at fault "
-                 "out of the selection")])
+            help="this is a defect of a transfer rule: please report it with the model; until then leave the layers at "
+                 "fault out of the selection")])
     return proof
 
 
@@ -81,8 +82,8 @@ def difference(expected: object, found: object) -> float:
         if a.shape != b.shape:
             return float("inf")
         if a.numel():
-            a, b = a.detach().double(), b.detach().double()
-            error = (a - b).abs().max() / a.abs().max().clamp(min=1e-12)
+            wanted, got = a.detach().double(), b.detach().double()
+            error = (wanted - got).abs().max() / wanted.abs().max().clamp(min=1e-12)
             worst = max(worst, float(error.nan_to_num(nan=float("inf"), posinf=float("inf"))))
     return worst
 

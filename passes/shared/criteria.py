@@ -16,8 +16,9 @@ from fxcompress.diagnostics import Diagnostic, PlanError
 
 @dataclass(frozen=True)
 class Part:
-    """One dimension of a tensor of a layer. `rows` is (indices, rest): what belongs to each index; `components` is (indices):
-    the number of its component in the scoring, -1 if it isn't a candidate. `grad` is shaped as `rows`, None without one."""
+    """One dimension of a tensor of a layer. `rows` is (indices, rest): what belongs to each index; `components` is
+    (indices): the number of its component in the scoring, -1 if it isn't a candidate. `grad` is shaped as `rows`, None
+    without one."""
 
     layer: str
     rows: Tensor
@@ -36,8 +37,8 @@ class Scoring:
 
     def reduce(self, parts: tuple[Part, ...], energy: Callable[[Part], Tensor],
                finish: Callable[[Tensor], Tensor] = lambda total: total) -> Tensor:
-        """For each part, `energy` (one number an index) summed over the indices of a component and passed to `finish`; then
-        the mean over the parts that have the component. Components in no part score 0."""
+        """For each part, `energy` (one number an index) summed over the indices of a component and passed to `finish`;
+        then the mean over the parts that have the component. Components in no part score 0."""
         total, seen = torch.zeros(self.count), torch.zeros(self.count)
         for part in parts:
             inside = part.components >= 0

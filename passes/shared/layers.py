@@ -52,7 +52,7 @@ class Layer:
 def layers_of(coupling: Coupling, selected: Sequence[fx.Node]) -> list[Layer]:
     """Every layer of the model, in graph order."""
     chosen = set(selected)
-    return [Layer(entry.node, entry, coupling.of(entry.labels), entry.node in chosen) for entry in coupling.flow.produced]
+    return [Layer(made.node, made, coupling.of(made.labels), made.node in chosen) for made in coupling.flow.produced]
 
 
 def mask_of(layers: Sequence[Layer], count: int) -> Mask:
@@ -65,8 +65,8 @@ def mask_of(layers: Sequence[Layer], count: int) -> Mask:
 
 @dataclass
 class Groups:
-    """Candidates sorted into groups of one signature, of which any is as good as another for the shapes, and groups that
-    share a layer into clusters."""
+    """Candidates sorted into groups of one signature, of which any is as good as another for the shapes, and groups
+    that share a layer into clusters."""
 
     coupling: Coupling
     layers: list[Layer]

@@ -28,6 +28,7 @@ class Ranking:
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        """Nothing leaves yet."""
         self.doomed = np.zeros(self.groups.coupling.count, dtype=np.bool_)
 
     def choose(self) -> Mask:
@@ -43,8 +44,8 @@ class Ranking:
         return self.doomed
 
     def _local(self) -> list[int]:
-        """How many of each group stay: the same share everywhere; what rounding leaves over goes to the next group of the
-        cluster."""
+        """How many of each group stay: the same share everywhere; what rounding leaves over goes to the next group of
+        the cluster."""
         keep = [0] * len(self.groups.members)
         for cluster in self.groups.clusters:
             owed = 0.0
@@ -57,15 +58,16 @@ class Ranking:
         return keep
 
     def _global(self) -> list[int]:
-        """One ranking over all groups. Scores are divided by their group's mean, so that layers of different scale compare;
-        a component counts as many times as it takes channels of selected layers."""
+        """One ranking over all groups. Scores are divided by their group's mean, so that layers of different scale
+        compare; a component counts as many times as it takes channels of selected layers."""
         members = np.concatenate(self.groups.members)
         scores, weights = np.zeros(len(self.scores)), np.zeros(len(self.scores))
+        pairs = zip(self.groups.shares, self.groups.layers, strict=True)
+        selected = [share for share, layer in pairs if layer.selected]
         for group, inside in enumerate(self.groups.members):
             mean = float(np.abs(self.scores[inside]).mean())
             scores[inside] = self.scores[inside] / (mean or 1.0)
-            weights[inside] = sum(share.get(group, 0) for share, layer in zip(self.groups.shares, self.groups.layers, strict=True)
-                                  if layer.selected)
+            weights[inside] = sum(share.get(group, 0) for share in selected)
         order = members[np.argsort(scores[members], kind="stable")]
         total = np.cumsum(weights[order])
         leaving = order[: int(np.searchsorted(total, self.settings.ratio * total[-1] + 1e-9, side="right"))]
@@ -73,25 +75,27 @@ class Ranking:
         return [len(inside) - int(left) for inside, left in zip(self.groups.members, out, strict=True)]
 
     def _aligned(self, group: int, layers: list[int], wanted: int) -> int:
-        """The number to keep nearest to `wanted` with which every layer of a group that stands alone keeps enough channels,
-        and a multiple of `align`; the larger of two as near."""
+        """The number to keep nearest to `wanted` with which every layer of a group that stands alone keeps enough
+        channels, and a multiple of `align`; the larger of two as near."""
         size = len(self.groups.members[group])
         options = np.arange(1, size + 1)
         valid = np.ones(size, dtype=np.bool_)
         for number in layers:
             layer, each = self.groups.layers[number], self.groups.shares[number][group]
             left = len(layer.components) - each * (size - options)
-            valid &= (left % self.settings.align == 0) & (left >= min(self.settings.min_channels, len(layer.components)))
+            least = min(self.settings.min_channels, len(layer.components))
+            valid &= (left % self.settings.align == 0) & (left >= least)
         if not valid.any():
             if self.settings.align > 1:
                 path = self.groups.layers[layers[0]].path
-                self.notes.append(f"{path}: no number of channels is a multiple of {self.settings.align}; it stays as it is")
+                self.notes.append(f"{path} stays as it is: no number of its channels is a multiple of "
+                                  f"{self.settings.align}")
             return size
         return int(options[valid][np.argmin(np.abs(options[valid] - wanted) - 1e-6 * options[valid])])
 
     def _keep_enough(self) -> None:
-        """Bring the most important back where a dimension would be left empty, below `min_channels` or off `align`; this
-        only ever adds, so it ends."""
+        """Bring the most important back where a dimension would be left empty, below `min_channels` or off `align`;
+        this only ever adds, so it ends."""
         settings = self.settings
         for part in self.groups.coupling.slices:
             self._restore(part.components, 1)

@@ -58,7 +58,7 @@ def _names(paths: list[str]) -> str:
 
 
 def shortfalls(settings: Remove, coupling: Coupling, layers: list[Layer], wanted: Mask, doomed: Mask) -> list[str]:
-    """The barriers met, and each selected layer of which less left than asked for by more than rounding to a channel."""
+    """The barriers met, and each selected layer of which less left than asked for, by more than rounding."""
     notes = blocked(coupling, layers, wanted)
     if settings.scope == "global":
         return notes
@@ -71,7 +71,8 @@ def shortfalls(settings: Remove, coupling: Coupling, layers: list[Layer], wanted
         each = len(speaks) / len(np.unique(speaks))
         if left < settings.ratio * len(speaks) - max(each, 1.0):
             reason = " or ".join(_limits(settings)) or "what it is coupled to doesn't shrink further"
-            notes.append(f"{layer.path}: {left / len(speaks):.0%} removed of {settings.ratio:.0%} asked, because of {reason}")
+            got = f"{left / len(speaks):.0%} removed of {settings.ratio:.0%} asked"
+            notes.append(f"{layer.path}: {got}, because of {reason}")
     return notes
 
 
@@ -107,7 +108,8 @@ def changes_of(coupling: Coupling, layers: list[Layer], doomed: Mask,
             add(layer.node, layer.what, layer.made.labels, why)
     for entry in coupling.flow.consumed:
         if isinstance(entry.target, str) and not kinds[entry.node].startswith(("lstm", "gru", "rnn")):
-            add(entry.node, "in_features" if kinds[entry.node] == "linear" else "in_channels", entry.labels, "reads what left")
+            what = "in_features" if kinds[entry.node] == "linear" else "in_channels"
+            add(entry.node, what, entry.labels, "reads what left")
     for node in coupling.flow.nodes:
         if node.op == "call_module" and "norm" in kinds[node] and coupling.flow.has(f"{node.target}.weight"):
             for labels in coupling.flow.tensor(f"{node.target}.weight")[:1]:

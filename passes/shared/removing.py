@@ -18,6 +18,7 @@ from fxcompress.graph.ops import kind_of
 from fxcompress.graph.provenance import touch
 from fxcompress.graph.site import UNKNOWN_WEIGHTS, Change, Outcome, Site
 from fxcompress.passbase import CRITERIA
+from fxcompress.passes.shared.constants import Fold
 from fxcompress.passes.shared.criteria import Part, Scoring
 from fxcompress.passes.shared.layers import Groups, Layer, layers_of, mask_of
 from fxcompress.passes.shared.ranking import Ranking, Scores
@@ -104,11 +105,13 @@ def _coupled(settings: Remove, coupling: Coupling, layers: list[Layer], candidat
         return candidates
     tied = candidates & mask_of(others, coupling.count)
     if settings.couple == "error":
-        lines = [f"{layer.path} ({kind_of(layer.node)}) is {coupled_reason(coupling, layers, layer)}" for layer in others]
+        lines = [f"{o.path} ({kind_of(o.node)}) is {coupled_reason(coupling, layers, o)}" for o in others]
+        count = f"{len(others)} layers" if len(others) > 1 else "a layer"
         raise _error(
-            "FXC0304", f"{len(others)} layer{'s' * (len(others) != 1)} would shrink with the selected ones, without being "
-            "selected", site, lines[:12] + [f"and {len(lines) - 12} more"] * (len(lines) > 12),
-            "select them too, or say `couple = extend` to shrink them too or `couple = skip` to leave what is tied as it is")
+            "FXC0304", f"{count} would shrink with the selected ones, without being selected", site,
+            lines[:12] + [f"and {len(lines) - 12} more"] * (len(lines) > 12),
+            "select them too, or say `couple = extend` to shrink them too, or `couple = skip` to leave what is tied as "
+            "it is")
     for layer in layers:
         kept = (candidates & tied & coupling.touched(layer.made.labels)).any()
         if layer.selected and kept:
@@ -152,7 +155,7 @@ def _nothing(settings: Remove, coupling: Coupling, layers: list[Layer], wanted: 
     small = not (wanted & coupling.barred).any()
     return _error("FXC0340", f"nothing can be removed from {site.selection or 'what is selected'}", site,
                   list(dict.fromkeys(reasons + notes))[:8],
-                  "a larger `ratio`, or a smaller `align` or `min_channels`, would remove something" if small and not notes
+                  "ask for a larger `ratio`, or a smaller `align` or `min_channels`" if small
                   else "select layers inside the model, whose channels other layers read")
 
 
@@ -229,15 +232,18 @@ def _proven(captured: Captured, coupling: Coupling, doomed: Mask, what: str) -> 
     again = analyse(trial, coupling.flow.split, coupling.flow.flipped)
     apply_removal(again, exact)
     proof = prove(captured, trial, coupling, exact[coupling.component])
-    partly = "" if exact.sum() == doomed.sum() else f" for {int(exact.sum())} of {int(doomed.sum())} components, the exact ones"
+    some = f" for {int(exact.sum())} of {int(doomed.sum())} components, the exact ones"
+    partly = "" if exact.sum() == doomed.sum() else some
     return [f"proven equal to the model with these channels zeroed, to {proof.error:.1g}{partly}"]
 
 
-def _carried_out(settings: Remove, captured: Captured, coupling: Coupling, layers: list[Layer], doomed: Mask, site: Site,
-                 notes: list[str]) -> Outcome:
+def _carried_out(settings: Remove, captured: Captured, coupling: Coupling, layers: list[Layer], doomed: Mask,
+                 site: Site, notes: list[str]) -> Outcome:
     before = {node: kind_of(node) for node in coupling.flow.nodes}
     changes = changes_of(coupling, layers, doomed, before)
+    fold = Fold(coupling, doomed[coupling.component]).gather()
     removal: Removal = apply_removal(coupling, doomed)
+    notes += fold.carry_out()
     for node, change in changes:
         for place in _living(captured, node):
             touch(place, settings, site, f"{change.what} {change.before} -> {change.after}", (node.name,))

@@ -10,7 +10,7 @@ import numpy as np
 from torch import fx, nn
 
 from ..coupling_edit import Edit, resize
-from ..coupling_flow import Dim, Dims, Flow, NoRule, Value, rule, shape_of, untracked
+from ..coupling_flow import Dim, Dims, Flow, NoRuleError, Value, rule, shape_of, untracked
 from .attention_rewrite import write_out
 
 
@@ -60,7 +60,7 @@ def module(flow: Flow, node: fx.Node, args: Mapping[str, Any]) -> Value:
     """`nn.MultiheadAttention`: the width of its inputs, of its result, and between them its heads."""
     mha = flow.module()
     if not isinstance(mha, nn.MultiheadAttention) or mha.bias_k is not None or mha.add_zero_attn:
-        raise NoRule("has learned keys beside the input's")
+        raise NoRuleError("has learned keys beside the input's")
     path = str(node.target)
     inner = _inner(flow, node, args, mha)
     sources = [args["query"], args["key"], args["value"]]
@@ -83,7 +83,9 @@ def module(flow: Flow, node: fx.Node, args: Mapping[str, Any]) -> Value:
         flow.consume(f"{path}.in_proj_bias", 0, rows)
     out = flow.tensor(f"{path}.out_proj.weight")
     flow.consume(f"{path}.out_proj.weight", 1, flow.tie(out[1], inner))
-    channels = flow.tie(out[0], flow.tensor(f"{path}.out_proj.bias")[0]) if flow.has(f"{path}.out_proj.bias") else out[0]
+    channels = out[0]
+    if flow.has(f"{path}.out_proj.bias"):
+        channels = flow.tie(channels, flow.tensor(f"{path}.out_proj.bias")[0])
     flow.produce(channels, (f"{path}.out_proj.weight", 0))
     return [(*flow.of(args["query"])[:-1], channels), untracked(node.meta["fxc"].shape[1])]
 

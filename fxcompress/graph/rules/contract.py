@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from ..coupling_flow import Dim, Dims, Flow, NoRule, Value, rule, shape_of
+from ..coupling_flow import Dim, Dims, Flow, NoRuleError, Value, rule, shape_of
 from .elementwise import broadcast
 
 
@@ -17,7 +17,7 @@ def linear(flow: Flow, node: fx.Node, args: Mapping[str, Any]) -> Value:
     dims = flow.of(args["input"])
     weight = flow.parameter(args, "weight")
     if weight is None:
-        raise NoRule("has a weight that no rule follows")
+        raise NoRuleError("has a weight that no rule follows")
     inner = flow.tie(dims[-1], weight[1])
     flow.consume_parameter(args, "weight", 1, inner)
     bias = flow.parameter(args, "bias")
@@ -33,7 +33,7 @@ def bilinear(flow: Flow, node: fx.Node, args: Mapping[str, Any]) -> Value:
     one, two = flow.of(args["input1"]), flow.of(args["input2"])
     weight = flow.parameter(args, "weight")
     if weight is None:
-        raise NoRule("has a weight that no rule follows")
+        raise NoRuleError("has a weight that no rule follows")
     flow.consume_parameter(args, "weight", 1, flow.tie(one[-1], weight[1]))
     flow.consume_parameter(args, "weight", 2, flow.tie(two[-1], weight[2]))
     bias = flow.parameter(args, "bias")
@@ -64,7 +64,7 @@ def product(flow: Flow, a: fx.Node, b: fx.Node) -> Dims:
     """The labels of `a @ b`."""
     left, right = flow.of(a), flow.of(b)
     if not left or not right:
-        raise NoRule("multiplies something that isn't a tensor")
+        raise NoRuleError("multiplies something that isn't a tensor")
     row = -1 if len(right) == 1 else -2
     inner = flow.tie(left[-1], right[row])
     flow.consume(a, len(left) - 1, inner)
@@ -111,13 +111,13 @@ def einsum(flow: Flow, node: fx.Node, args: Mapping[str, Any]) -> Value:
     operands = args["operands"]
     operands = operands[0] if len(operands) == 1 and isinstance(operands[0], list | tuple) else operands
     if not isinstance(args["equation"], str):
-        raise NoRule("gives its equation by numbers")
+        raise NoRuleError("gives its equation by numbers")
     left, result = _terms(args["equation"], [len(shape_of(operand)) for operand in operands])
     labels: dict[str, Dim] = {}
     sizes: dict[str, int] = {}
     for operand, letters in zip(operands, left, strict=True):
         if len(set(letters)) != len(letters):
-            raise NoRule("takes a diagonal")
+            raise NoRuleError("takes a diagonal")
         for letter, dim, size in zip(letters, flow.of(operand), shape_of(operand), strict=True):
             if size != 1 or letter not in labels:
                 known = letter in labels and sizes[letter] != 1

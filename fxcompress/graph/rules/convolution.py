@@ -13,7 +13,7 @@ import numpy as np
 from torch import fx
 
 from ..coupling_edit import Edit, resize
-from ..coupling_flow import Dim, Dims, Flow, Labels, NoRule, Value, rule, shape_of
+from ..coupling_flow import Dim, Dims, Flow, Labels, NoRuleError, Value, rule, shape_of
 from .reduce import spatial
 
 _KINDS = tuple(f"conv{n}d" for n in (1, 2, 3))
@@ -56,7 +56,7 @@ def convolution(flow: Flow, node: fx.Node, args: Mapping[str, Any]) -> Value:
     weight = flow.parameter(args, "weight", (0, 1))
     bias = flow.parameter(args, "bias")
     if weight is None:
-        raise NoRule("has a weight that no rule follows")
+        raise NoRuleError("has a weight that no rule follows")
     x, out, groups = dims[channel], weight[0], args["groups"]
     if bias is not None and out is not None:
         out = flow.tie(out, bias[0])
@@ -94,7 +94,7 @@ def transposed(flow: Flow, node: fx.Node, args: Mapping[str, Any]) -> Value:
     weight = flow.parameter(args, "weight", (0, 1))
     bias = flow.parameter(args, "bias")
     if weight is None:
-        raise NoRule("has a weight that no rule follows")
+        raise NoRuleError("has a weight that no rule follows")
     x, groups = flow.tie(dims[channel], weight[0]), args["groups"]
     source = flow.source(args, "weight")
     wide = shape_of(args["input"])[channel] // groups
@@ -124,7 +124,7 @@ def _input(flow: Flow, node: fx.Node, args: Mapping[str, Any]) -> tuple[Dims, in
     rank = int(kind[-2])
     dims = spatial(flow, flow.of(args["input"]), rank, "slides over it")
     if args.get("padding_mode", "zeros") not in ("zeros", "reflect", "replicate", "circular"):
-        raise NoRule("pads in a way that no rule follows")
+        raise NoRuleError("pads in a way that no rule follows")
     return dims, len(dims) - rank - 1
 
 

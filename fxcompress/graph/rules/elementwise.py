@@ -63,6 +63,17 @@ def prelu(flow: Flow, node: fx.Node, args: Mapping[str, Any]) -> Value:
     return (dims[0], flow.tie(dims[1], weight[0]), *dims[2:])
 
 
+@rule("mask")
+def mask(flow: Flow, node: fx.Node, args: Mapping[str, Any]) -> Value:
+    """A mask on a parameter (`nn/mask.py`): its buffers have the parameter's shape."""
+    dims = flow.of(node.args[0])
+    for name, buffer in flow.module().named_buffers():
+        if buffer.dim() == len(dims):
+            pairs = zip(dims, flow.tensor(f"{node.target}.{name}"), strict=True)
+            dims = tuple(flow.tie(ours, theirs) for ours, theirs in pairs)
+    return dims
+
+
 @rule("glu")
 def glu(flow: Flow, node: fx.Node, args: Mapping[str, Any]) -> Value:
     """`a * sigmoid(b)` of the two halves along `dim`."""

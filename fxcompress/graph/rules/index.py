@@ -9,7 +9,7 @@ import numpy as np
 from torch import fx
 
 from ..coupling_edit import Edit, resize
-from ..coupling_flow import Dim, Dims, Flow, NoRule, Value, rule, shape_of
+from ..coupling_flow import Dim, Dims, Flow, NoRuleError, Value, rule, shape_of
 from .elementwise import broadcast
 
 
@@ -69,7 +69,7 @@ def narrow(flow: Flow, node: fx.Node, args: Mapping[str, Any]) -> Value:
     if labels is None:
         return dims
     if not isinstance(start, int) or not isinstance(args["length"], int):
-        raise NoRule("takes a stretch that isn't constant")
+        raise NoRuleError("takes a stretch that isn't constant")
     start %= len(labels)
     return replaced(dims, place, flow.piece(labels[start : start + args["length"]]))
 
@@ -99,7 +99,7 @@ def gather(flow: Flow, node: fx.Node, args: Mapping[str, Any]) -> Value:
     """Picks along `dim` by number; elsewhere index by index."""
     index = args["index"] if "index" in args else args["indices"]
     if args["dim"] is None or shape_of(index) == () or len(shape_of(index)) != len(shape_of(args["input"])):
-        raise NoRule("picks over all dimensions")
+        raise NoRuleError("picks over all dimensions")
     dims, chosen = list(flow.of(args["input"])), flow.of(index)
     for place, labels in enumerate(dims):
         if place == args["dim"] % len(dims):
@@ -115,7 +115,7 @@ def embedding(flow: Flow, node: fx.Node, args: Mapping[str, Any]) -> Value:
     """Rows are looked up by number and stay; the width can shrink."""
     weight = flow.parameter(args, "weight")
     if weight is None:
-        raise NoRule("looks up in a table that isn't a parameter")
+        raise NoRuleError("looks up in a table that isn't a parameter")
     flow.fix(weight[0], "looks its rows up by number")
     source = flow.source(args, "weight")
     if source is not None:
@@ -126,7 +126,7 @@ def embedding(flow: Flow, node: fx.Node, args: Mapping[str, Any]) -> Value:
 @rule("one_hot", "nonzero", "masked_select")
 def by_value(flow: Flow, node: fx.Node, args: Mapping[str, Any]) -> Value:
     """The result's shape or meaning depends on the values."""
-    raise NoRule("makes positions of values")
+    raise NoRuleError("makes positions of values")
 
 
 # Indexing with brackets
@@ -195,9 +195,9 @@ def _advanced(flow: Flow, node: fx.Node, value: Dims, items: list[Any]) -> Value
     chosen = broadcast(flow, [items[place] for place in arrays if isinstance(items[place], fx.Node)]) if all(
         isinstance(items[place], fx.Node) for place in arrays) else None
     if not together or chosen is None or any(not isinstance(item, slice) and not _is_array(item) for item in items):
-        raise NoRule("picks positions of several dimensions apart")
+        raise NoRuleError("picks positions of several dimensions apart")
     if any(_is_boolean(items[place]) for place in arrays):
-        raise NoRule("picks where a condition holds")
+        raise NoRuleError("picks where a condition holds")
     result: list[Dim] = []
     for place, (labels, item) in enumerate(zip(value, items, strict=True)):
         if place in arrays:
@@ -246,7 +246,7 @@ def written(flow: Flow, node: fx.Node, args: Mapping[str, Any]) -> Value:
     place = args.get("dim")
     source = args.get("src", args.get("source"))
     if not isinstance(place, int) or not flow.is_tensor(source) or len(shape_of(source)) != len(dims):
-        raise NoRule("writes at places that a rule can't follow")
+        raise NoRuleError("writes at places that a rule can't follow")
     flow.fix(dims[place], "writes into a part of it")
     dims[place] = None
     parts = [flow.of(source), *([flow.of(args["index"])] if len(shape_of(args.get("index"))) == len(dims) else [])]

@@ -9,7 +9,7 @@ import numpy as np
 from torch import fx
 
 from ..coupling_edit import Edit, resize
-from ..coupling_flow import Dim, Dims, Flow, NoRule, Value, rule, shape_of
+from ..coupling_flow import Dim, Dims, Flow, NoRuleError, Value, rule, shape_of
 
 
 def tuple_of(value: Any) -> tuple[Any, ...]:
@@ -70,7 +70,7 @@ def roll(flow: Flow, node: fx.Node, args: Mapping[str, Any]) -> Value:
     dims = list(flow.of(args["input"]))
     if args["dims"] in (None, (), []):
         if len(dims) != 1:
-            raise NoRule("rolls over several dimensions at once")
+            raise NoRuleError("rolls over several dimensions at once")
         return (None if dims[0] is None else np.roll(dims[0], tuple_of(args["shifts"])[0]),)
     for shift, place in zip(tuple_of(args["shifts"]), tuple_of(args["dims"]), strict=True):
         labels = dims[place]
@@ -124,7 +124,7 @@ def repeat_interleave(flow: Flow, node: fx.Node, args: Mapping[str, Any]) -> Val
     dims = list(flow.of(args["input"]))
     count, place = args["repeats"], args["dim"]
     if place is None or not isinstance(count, int):
-        raise NoRule("repeats a number of times that isn't a constant, or over all dimensions")
+        raise NoRuleError("repeats a number of times that isn't a constant, or over all dimensions")
     labels = dims[place]
     dims[place] = None if labels is None else np.repeat(labels, count)
     return tuple(dims)
@@ -195,7 +195,7 @@ def stack(flow: Flow, node: fx.Node, args: Mapping[str, Any]) -> Value:
 @rule("meshgrid")
 def meshgrid(flow: Flow, node: fx.Node, args: Mapping[str, Any]) -> Value:
     """Coordinates: nothing of them can be removed."""
-    raise NoRule("makes coordinates of it")
+    raise NoRuleError("makes coordinates of it")
 
 
 @rule("channel_shuffle")

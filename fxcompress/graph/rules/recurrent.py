@@ -9,7 +9,7 @@ import numpy as np
 from torch import fx, nn
 
 from ..coupling_edit import Edit, resize
-from ..coupling_flow import Dim, Dims, Flow, NoRule, Value, rule
+from ..coupling_flow import Dim, Dims, Flow, NoRuleError, Value, rule
 
 _GATES = {"lstm": 4, "gru": 3, "rnn": 1, "lstm_cell": 4, "gru_cell": 3, "rnn_cell": 1}
 
@@ -20,7 +20,7 @@ def layers(flow: Flow, node: fx.Node, args: Mapping[str, Any]) -> Value:
     module = flow.module()
     assert isinstance(module, nn.RNNBase)
     if module.proj_size:
-        raise NoRule("projects its state")
+        raise NoRuleError("projects its state")
     gates = _GATES[node.meta["fxc"].kind]
     hidden = flow.fresh(module.hidden_size)
     directions = 2 if module.bidirectional else 1

@@ -7,11 +7,10 @@ from typing import Any
 
 from torch import fx
 
-from ..coupling_flow import Dims, Flow, NoRule, Value, rule, shape_of
+from ..coupling_flow import Dims, Flow, NoRuleError, Value, rule, shape_of
 from .layout import tuple_of
 
-_POSITIONS = frozenset(("argmax", "argmin", "sort", "argsort", "topk", "cumsum", "cumprod", "median", "mode", "kthvalue",
-                        "cummax", "cummin", "logcumsumexp"))
+_POSITIONS = ("argmax", "argmin", "sort", "argsort", "topk", "cumsum", "cumprod", "median")
 
 
 def places(args: Mapping[str, Any], rank: int) -> list[int]:
@@ -31,12 +30,12 @@ def total(flow: Flow, node: fx.Node, args: Mapping[str, Any]) -> Value:
     return reduced(flow, node, dims, args)
 
 
-@rule("mean", "amax", "amin", "max", "min", "prod", "var", "std", "norm", "logsumexp", "all", "any", "var_mean", "std_mean",
-      "vector_norm", "aminmax", "nansum", "nanmean", "count_nonzero")
+@rule("mean", "amax", "amin", "max", "min", "prod", "var", "std", "norm", "logsumexp", "all", "any", "var_mean",
+      "std_mean", "vector_norm", "nansum")
 def statistic(flow: Flow, node: fx.Node, args: Mapping[str, Any]) -> Value:
     """A statistic over its dimensions changes when an index leaves them."""
     if "other" in args and args["other"] is not None:
-        raise NoRule("compares two values")
+        raise NoRuleError("compares two values")
     dims = flow.of(args["input"])
     for place in places(args, len(dims)):
         flow.notice(dims[place], "takes a statistic over it")

@@ -20,9 +20,10 @@ from ..ops import kind_of
 
 # What a value may pass between the split of its heads and their attention.
 _TRANSPARENT = frozenset((
-    "reshape", "flatten", "unflatten", "permute", "transpose", "movedim", "unbind", "getitem", "chunk", "split", "mul", "div",
-    "add", "sub", "neg", "contiguous", "clone", "cat", "expand", "squeeze", "unsqueeze", "normalize", "softmax", "layernorm",
-    "rmsnorm", "to", "relu", "elu", "repeat_interleave", "pad", "narrow", "dropout", "stack", "pow", "mean", "rsqrt", "sum"))
+    "reshape", "flatten", "unflatten", "permute", "transpose", "movedim", "unbind", "getitem", "chunk", "split",
+    "mul", "div", "add", "sub", "neg", "pow", "rsqrt", "contiguous", "clone", "to", "cat", "stack", "pad", "expand",
+    "squeeze", "unsqueeze", "repeat_interleave", "normalize", "softmax", "layernorm", "rmsnorm", "relu", "elu",
+    "dropout", "mean", "sum", "narrow"))
 _ATTENTION = frozenset(("matmul", "bmm", "einsum", "baddbmm", "scaled_dot_product_attention"))
 _LOOKAHEAD = 24
 
