@@ -71,9 +71,6 @@ class Mask(Pass):
                                  "`granularity = n:m` implies it")
             return [missing] if self.sparsity is None else []
         n, m = self.granularity.n, self.granularity.m
-        if not 0 < n < m:
-            return [Diagnostic("FXC0502", f"`{n}:{m}` masks nothing or everything",
-                               help="n:m keeps n of every m weights, with 0 < n < m, such as `2:4`")]
         end = self.sparsity.end if isinstance(self.sparsity, Ramp) else self.sparsity
         if end is None or abs(end - (1.0 - n / m)) < 5e-3:
             return []
@@ -157,6 +154,7 @@ class Mask(Pass):
         from fxcompress.graph.provenance import touch
         from fxcompress.passes.shared.masking import insert_mask
 
+        before = {node: node.target for node in graph.graph.nodes}
         found: dict[str, Target] = {}
         for node, name in wanted:
             masked = insert_mask(graph, node, name, ranking.score.needs)
@@ -166,12 +164,14 @@ class Mask(Pass):
             if self.parameter == "all" and self.granularity == "row" and arguments(node).get("bias") is not None:
                 bias = insert_mask(graph, node, "bias", "none")
             found[masked.mask] = _target(graph, node, name, masked, bias)
-            for each in filter(None, (masked, bias)):
-                touch(node, self, site, f"{each.parameter} masked, {self._amount()} by {self.by}", was=(node.name,))
-                for new in (*each.readers, *each.calls):
-                    touch(new, self, site, f"mask of {each.parameter}", was=(node.name,))
+            touch(node, self, site, f"{masked.parameter} masked, {self._amount()} by {self.by}")
             notes.extend(f"`{other.target}` is the same tensor as `{masked.parameter}`: both see its mask"
                          for other in masked.readers if other.target != masked.parameter)
+        for node in graph.graph.nodes:
+            if node not in before:
+                touch(node, self, site, "made for a mask", was=(user.name for user in node.users if user in before))
+            elif before[node] != node.target and node not in {each for each, _ in wanted}:
+                touch(node, self, site, "reads a weight that is masked elsewhere")
         return list(found.values())
 
     def _change(self, target: Target, done: bool) -> Change:

@@ -15,9 +15,9 @@ Evidence = Literal["none", "gradient", "movement"]
 class Mask(nn.Module):
     """Multiplies a parameter by a buffer of ones and zeros; the parameter stays dense and trainable.
 
-    `mask` is boolean, of the parameter's shape; True keeps an entry. With `evidence`, each backward pass also adds to the
-    buffer `evidence` (float, same shape) what scores by gradient need. It is taken at the *masked* parameter, so that
-    entries that are masked now collect it as well (the straight-through estimate):
+    `mask` is boolean, of the parameter's shape; True keeps an entry. With `evidence`, each backward pass also adds to
+    the buffer `evidence` (float, same shape) what scores by gradient need. It is taken at the *masked* parameter, so
+    that entries which are masked now collect it as well (the straight-through estimate):
 
     * `gradient`: the sum of the loss gradients since the last selection
     * `movement`: the sum of −weight · gradient since the mask was put in (Sanh, Wolf and Rush, "Movement Pruning",

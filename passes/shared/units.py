@@ -2,7 +2,7 @@
 
 A weight is seen as a cube [outputs, inputs, kernel]: `[out, in, 1]` for linear layers (for embeddings: entries,
 width), `[out, in / groups, kernel]` for convolutions, transposed ones turned so that outputs come first. Each
-granularity splits the cube by reshaping alone and names the inner dimensions of a unit; all else follows from these two.
+granularity splits the cube by reshaping alone and names the inner dimensions of a unit; all else follows from these.
 """
 
 from __future__ import annotations

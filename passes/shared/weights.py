@@ -26,7 +26,8 @@ _SETTINGS: Mapping[str, tuple[str, ...]] = {
     "embedding": ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
 }
 _SIZES = {
-    **dict.fromkeys(_CONVS, ("out_channels", "in_channels")), **dict.fromkeys(_TRANSPOSED, ("in_channels", "out_channels")),
+    **dict.fromkeys(_CONVS, ("out_channels", "in_channels")),
+    **dict.fromkeys(_TRANSPOSED, ("in_channels", "out_channels")),
     "linear": ("out_features", "in_features"), "embedding": ("num_embeddings", "embedding_dim"),
 }
 
