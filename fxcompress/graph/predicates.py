@@ -139,20 +139,18 @@ DTYPES: Mapping[str, str] = {  # the names of the policy language for torch's
     "torch.bool": "bool",
 }
 
-def _held(name: str) -> Callable[[fx.Node], Value]:
-    """What a node holds, and what stands behind its arguments: parameters with or without a mask."""
-
-    def get(node: fx.Node) -> Value:
-        total = _fact_number(node, name)
-        behind = set(node.all_input_nodes)
-        while behind:
-            source = behind.pop()
-            if source.op == "get_attr" or kind_of(source) == "mask":
-                total += _fact_number(source, name) if source.op == "get_attr" else 0
-                behind.update(source.all_input_nodes)
-        return total
-
-    return get
+def held(node: fx.Node, name: str) -> int:
+    """`params` or `bytes` of what a node holds and of the parameters behind its arguments, masked or not; masks
+    themselves count nothing."""
+    total = _fact_number(node, name) if kind_of(node) != "mask" else 0
+    ahead, seen = list(node.all_input_nodes), set()
+    while ahead:
+        source = ahead.pop()
+        if source not in seen and (source.op == "get_attr" or kind_of(source) == "mask"):
+            seen.add(source)
+            total += _fact_number(source, name) if source.op == "get_attr" else 0
+            ahead.extend(source.all_input_nodes)
+    return total
 
 
 def _fact_number(node: fx.Node, name: str) -> int:
@@ -183,9 +181,11 @@ _NORMS = re.compile(_CHANNEL_NORM.pattern + "|layernorm|rmsnorm")
 PROPERTIES: Mapping[str, Property] = {prop.name: prop for prop in (
     Property("name", "the module path, as `model.named_modules()` gives it; for a function that of the module it is "
              "called in, or the node's own name", path_of),
-    Property("params", "parameters that the operator reads, masked or not", _held("params")),
+    Property("params", "parameters that the operator reads, masked or not",
+             lambda node: held(node, "params")),
     Property("macs", "multiply-accumulates of one sample", whole=macs),
-    Property("bytes", "bytes of those parameters and of the operator's buffers", _held("bytes")),
+    Property("bytes", "bytes of those parameters and of the operator's buffers",
+             lambda node: held(node, "bytes")),
     Property("out_channels", "output channels of a convolution", _channels(0)),
     Property("in_channels", "input channels of a convolution, of all groups", _channels(1)),
     Property("kernel_size", "kernel size of a convolution or pool; a number compares with every dimension", _kernel),

@@ -1,0 +1,131 @@
+"""Binding: from selectors to the nodes of one graph, followed through its rewrites.
+
+A policy-level `let` binds once, to the graph as it was captured; what it selected is followed. A selector in an action
+binds when the action's turn comes. Nodes are remembered by name, which copies and skeletons share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..diagnostics import Label, PolicyError, Sink
+from ..graph.apply import carry_out, fitting
+from ..graph.captured import Captured
+from ..graph.select import Bound, Selecting, quoted
+from ..graph.site import Outcome, Site
+from ..passbase import VERBS
+from ..policy.model import Action, Phase, Policy
+from ..policy.selector import Flow, Helper, Ref, Selector, SetOp, Where
+from .lower import Step
+
+
+def refs(selector: Selector) -> Iterator[Ref]:
+    """The names of `let`s in `selector`."""
+    match selector:
+        case Ref():
+            yield selector
+        case Where(base=base):
+            yield from refs(base)
+        case Flow(parts=parts) | SetOp(parts=parts):
+            for part in parts:
+                yield from refs(part)
+        case Helper(args=args):
+            for arg in args:
+                if not isinstance(arg, int):
+                    yield from refs(arg)
+
+
+class Binder:
+    """The selections of one policy on one graph. `lets` bind at once; ask for the `site` of each action in its turn.
+
+    What is wrong goes to `sink`; without one, it is raised as PolicyError.
+    """
+
+    def __init__(self, policy: Policy, captured: Captured, sink: Sink | None = None) -> None:
+        self.policy, self.captured = policy, captured
+        self.sink, self.raises = (sink, False) if sink is not None else (Sink(), True)
+        self.lets: dict[str, Bound] = {}
+        self.names: dict[str, tuple[str, ...]] = {}
+        self.labels: dict[str, str] = {}  # of nodes that a `let` selects, by name: how messages call them
+        self.broken: set[str] = set()
+        self.fates: dict[str, str] = {}  # name of a node that is gone without a successor -> which action took it
+        self._selecting: Selecting | None = None
+        for name in policy.lets:
+            self._bind(name)
+        self._raise()
+
+    def _bind(self, name: str) -> None:
+        if name in self.lets:
+            return
+        selector = self.policy.lets[name]
+        for ref in refs(selector):
+            self._bind(ref.name)
+        before = len(self.sink.items)
+        nodes = self.selecting().select(selector, optional=True)
+        if len(self.sink.items) > before or any(ref.name in self.broken for ref in refs(selector)):
+            self.broken.add(name)
+        self.lets[name] = Bound(nodes, selector)
+        self.names[name] = tuple(node.name for node in nodes)
+
+    def selecting(self) -> Selecting:
+        """Selections on the graph as it is now."""
+        if self._selecting is None:
+            self._selecting = Selecting(self.captured, self.lets, self.sink)
+        return self._selecting
+
+    def _raise(self) -> None:
+        if self.raises:
+            self.sink.raise_if_errors(PolicyError)
+
+    def site(self, phase: Phase, action: Action, leaves: frozenset[str] = frozenset(), lenient: bool = False,
+             ) -> Site | None:
+        """Where `action` works now, without the nodes it leaves to others; None where that is nothing: the action is
+        optional, all is left to others, or something is wrong. `lenient` lets any action come to nothing."""
+        nodes = self._nodes(action, lenient or action.optional) if action.selector is not None else ()
+        self._raise()
+        if nodes is None:
+            return None
+        kept = tuple(node for node in nodes if node.name not in leaves)
+        if action.selector is not None and not kept:
+            return None
+        selection = action.selector.span.text if action.selector is not None else ""
+        return Site(kept, action.what, action.span, phase.name, selection)
+
+    def _nodes(self, action: Action, optional: bool) -> tuple[object, ...] | None:
+        selector = action.selector
+        assert selector is not None
+        before = len(self.sink.items)
+        if any(ref.name in self.broken for ref in refs(selector)):
+            return None
+        for ref in refs(selector):
+            self._check_gone(ref, optional)
+        if len(self.sink.items) > before:
+            return None
+        selecting = self.selecting()
+        nodes = selecting.select(selector, optional)
+        nodes = fitting(VERBS[action.verb], selecting, selector, nodes)
+        return None if len(self.sink.items) > before else nodes
+
+    def _check_gone(self, ref: Ref, optional: bool) -> None:
+        """Report nodes of a `let` that are gone and left no successor."""
+        gone = [name for name in self.names[ref.name] if not self.captured.nodes_named([name])]
+        if not gone or optional:
+            return
+        notes = [f"`{name}` went with {self.fates[name]}" for name in gone if name in self.fates]
+        self.sink.error(
+            "FXC0209", f"`{ref.name}` selects {quoted(gone)}, which {'is' if len(gone) == 1 else 'are'} no longer there",
+            ref.span, "used after its layers are gone",
+            secondary=(Label(self.policy.lets[ref.name].span, "bound here, before anything was rewritten"),),
+            notes=tuple(notes), help="select what is there now with a selector in the action, or say `optional`")
+
+    def carry_out(self, step: Step, site: Site) -> Outcome:
+        """Run `step` at `site`, verify, and follow the nodes of every `let`. Raises what `graph.apply.carry_out` does."""
+        before = {node.name for node in self.captured.graph.nodes}
+        outcome = carry_out(self.captured, step.pass_, site)
+        now = {node.name for node in self.captured.graph.nodes}
+        where = f"`{step.action.verb} {site.selection}`, {step.action.span}"
+        self.fates.update({name: where for name in before - now if name not in self.captured.moved})
+        self.lets = {name: Bound(self.captured.nodes_named(names), self.policy.lets[name])
+                     for name, names in self.names.items()}
+        self._selecting = None
+        return outcome

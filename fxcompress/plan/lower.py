@@ -1,0 +1,43 @@
+"""From a policy to ordered steps: what the dry run and the engine carry out, one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..passbase import FACET_ORDER, VERBS, Pass
+from ..policy.model import Action, Phase, Policy
+from .model import Plan
+
+
+@dataclass(frozen=True)
+class Step:
+    """One action in its turn. `number` counts from 1 through the whole plan; `leaves` are the names of nodes that it leaves
+    to an overriding action."""
+
+    number: int
+    phase: Phase
+    action: Action
+    pass_: Pass
+    leaves: frozenset[str] = frozenset()
+
+
+def ordered(policy: Policy) -> list[tuple[Phase, Action]]:
+    """The actions of `policy` in the order they run: phase by phase, in each phase by the facet they write (topology,
+    shape, mask, loss, numeric), and those of one facet as they are written."""
+    return [(phase, action) for phase in policy.phases for action in sorted(phase.actions, key=_rank)]
+
+
+def _rank(action: Action) -> int:
+    return FACET_ORDER.index(VERBS[action.verb].facet)
+
+
+def lower(policy: Policy, plan: Plan | Mapping[int, frozenset[str]] | None = None) -> tuple[Step, ...]:
+    """The steps of a policy whose parameters are all given. `plan` (or a mapping from step numbers to node names) says
+    what overridden actions leave alone; the engine hands in the plan it carries out."""
+    if isinstance(plan, Plan):
+        plan = {step.number: frozenset(step.leaves) for step in plan.steps}
+    leaves = plan or {}
+    return tuple(
+        Step(number, phase, action, VERBS[action.verb](**action.values), leaves.get(number, frozenset()))
+        for number, (phase, action) in enumerate(ordered(policy), 1))
