@@ -11,7 +11,7 @@ ARGS   ?=
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint typed mypy bench figures golden clean distclean
+.PHONY: help demo test test-all lint typed mypy bench docs figures golden clean distclean
 .SECONDARY:
 .NOTPARALLEL:
 
@@ -41,6 +41,9 @@ mypy: $(VENV)/.with-lint typed ## mypy alone
 
 bench: $(VENV)/.with-bench ## measure check, plan, compile and removal times
 	@$(PY) benchmarks/compile_time.py --peer $(ARGS)
+
+docs: $(VENV)/.with-examples ## write the language reference and the index of diagnostics anew
+	$(PY) -m fxcompress.docs
 
 figures: $(VENV)/.with-examples $(VENV)/.with-bench ## run the demo and put its figures and picture into README.md
 	@$(PY) examples/lenet_mnist/demo.py
