@@ -119,7 +119,7 @@ class Registry(Generic[T]):
 
     @cached_property
     def _entries(self) -> dict[str, EntryPoint]:
-        """What installed packages offer; looking takes some milliseconds, so it is done once, and only when asked for."""
+        """What installed packages offer; looking takes milliseconds, so it is done once, and only when asked for."""
         return {entry.name: entry for entry in entry_points(group=self.group)}
 
     def names(self) -> list[str]:

@@ -78,7 +78,8 @@ def _paragraph(edge: str, word: str, text: str, style: str) -> list[Piece]:
     return pieces + [(f"{edge}  {' ' * len(word)}  {line}\n", "") for line in more]
 
 
-def _snippet(source: Source, labels: Sequence[tuple[Label, bool]], gutter: int, arrow: str, severity: str) -> list[Piece]:
+def _snippet(source: Source, labels: Sequence[tuple[Label, bool]], gutter: int, arrow: str,
+             severity: str) -> list[Piece]:
     """The lines of one text that have labels, each with its carets."""
     line, column = source.position(labels[0][0].span.start)
     edge = " " * gutter
@@ -101,7 +102,8 @@ def _snippet(source: Source, labels: Sequence[tuple[Label, bool]], gutter: int, 
 def _marks(text: _Line, labels: Sequence[tuple[Label, bool]], edge: str, severity: str) -> list[Piece]:
     """The carets under a line: a row for each label with words, the primary first; those without join the first row."""
     rows: list[Piece] = []
-    worded = sorted((item for item in labels if item[0].text or item[1]), key=lambda item: (not item[1], item[0].span.start))
+    worded = sorted((item for item in labels if item[0].text or item[1]),
+                    key=lambda item: (not item[1], item[0].span.start))
     silent = [item for item in labels if item not in worded]
     first = worded[0] if worded else silent.pop(0)
     rows += _row(text, [first, *silent], edge, severity)
@@ -118,7 +120,8 @@ def _row(text: _Line, labels: Sequence[tuple[Label, bool]], edge: str, severity:
         left, width = text.columns(label.span)
         left, width = max(left, at), left + width - max(left, at)
         if width > 0:
-            row += [(" " * (left - at), ""), (("^" if is_primary else "-") * width, severity if is_primary else "minor")]
+            row += [(" " * (left - at), ""),
+                    (("^" if is_primary else "-") * width, severity if is_primary else "minor")]
             at = left + width
     words = f" {clean(labels[0][0].text)}" if labels[0][0].text else ""
     return [*row, (f"{words}\n", severity if labels[0][1] else "minor")]
@@ -250,7 +253,8 @@ def render_sarif(diagnostics: Iterable[Diagnostic]) -> str:
         "$schema": "https://json.schemastore.org/sarif-2.1.0.json",
         "version": "2.1.0",
         "runs": [{
-            "tool": {"driver": {"name": "fxcompress", "rules": [{"id": code} for code in sorted({i.code for i in items})]}},
+            "tool": {"driver": {"name": "fxcompress",
+                                "rules": [{"id": code} for code in sorted({i.code for i in items})]}},
             "columnKind": "unicodeCodePoints",
             "results": [_result(item) for item in items],
         }],

@@ -5,4 +5,5 @@ from .check import Checked, check_source
 from .convert import coerce
 from .format import format_policy
 
-__all__ = ["Checked", "check_source", "coerce", "format_policy", "instantiate", "load_policy", "parse", "parse_selector"]
+__all__ = ["Checked", "check_source", "coerce", "format_policy", "instantiate", "load_policy", "parse",
+           "parse_selector"]

@@ -51,7 +51,8 @@ def check_action(action: ast.Action, context: Context) -> model.Action | None:
     if any(item.severity == "error" for item in scope.sink.items[before:]):
         return None
     return model.Action(
-        action.verb.text, selected, values, action.head, what, preset.name if preset is not None else None, teacher, pairs,
+        action.verb.text, selected, values, action.head, what, preset.name if preset is not None else None, teacher,
+        pairs,
         "override" in modifiers, "optional" in modifiers,
         {**(preset.spans if preset is not None else {}), **found.spans},
     )
@@ -111,11 +112,13 @@ def _no_what(action: ast.Action, operand: ast.Expr, cls: type[Pass], scope: Scop
     if isinstance(operand, ast.Call):
         near = nearest(operand.name.text, cls.whats, 1)
         if near:
-            scope.sink.error("FXC0115", f"`{verb}` knows no `{operand.name.text}`", operand.name.span, f"expected {whats}",
+            scope.sink.error("FXC0115", f"`{verb}` knows no `{operand.name.text}`", operand.name.span,
+                             f"expected {whats}",
                              help=f"did you mean `{near[0]}`?", fixes=(Fix(operand.name.span, near[0]),))
             return None, None
     fix = f"{next(iter(cls.whats))}({operand.span.text})"
-    scope.sink.error("FXC0115", f"`{verb}` wants to be told what of the layers: {whats}", operand.span, "the layers alone",
+    scope.sink.error("FXC0115", f"`{verb}` wants to be told what of the layers: {whats}", operand.span,
+                     "the layers alone",
                      notes=tuple(f"`{name}`: {doc}" for name, doc in cls.whats.items()), help=f"write `{verb} {fix}`",
                      fixes=(Fix(operand.span, fix),))
     return None, None
@@ -140,17 +143,13 @@ def kinds_of(selected: selector.Selector, lets: Mapping[str, frozenset[str] | No
             return frozenset({name})
         case selector.Ref(name=name):
             return lets.get(name)
-        case selector.Where(base=base):
-            return kinds_of(base, lets)
-        case selector.Flow(parts=parts):
-            return kinds_of(parts[0], lets)
-        case selector.SetOp(op="-", parts=parts):
-            return kinds_of(parts[0], lets)
+        case selector.Where(base=first) | selector.Flow(parts=(first, *_)) | selector.SetOp(op="-", parts=(first, *_)):
+            return kinds_of(first, lets)
+        case selector.Helper(name="first" | "last", args=(first, *_)) if not isinstance(first, int):
+            return kinds_of(first, lets)
         case selector.SetOp(op="|", parts=parts):
             every = [kinds_of(part, lets) for part in parts]
             return None if None in every else frozenset().union(*(kinds for kinds in every if kinds))
-        case selector.Helper(name="first" | "last", args=args) if not isinstance(args[0], int):
-            return kinds_of(args[0], lets)
     return None
 
 
@@ -200,11 +199,10 @@ def _teacher(clause: ast.Clause | None, action: ast.Action, cls: type[Pass], sco
     if not cls.takes_teacher:
         scope.sink.error("FXC0136", f"`{action.verb.text}` takes no teacher", clause.span, "nothing to learn from",
                          help="take it out")
-    elif name not in scope.given or scope.given[name].type != "model":
-        if name not in scope.broken:
-            models = [item.declared.name.text for item in scope.given.values() if item.type == "model"]
-            scope.sink.error("FXC0136", f"`{name}` is no model", clause.name.span, "no parameter of type `model`",
-                             help=f"write {quoted(models)}" if models else f"declare it: `policy name({name}: model)`")
+    elif (name not in scope.given or scope.given[name].type != "model") and name not in scope.broken:
+        models = [item.declared.name.text for item in scope.given.values() if item.type == "model"]
+        scope.sink.error("FXC0136", f"`{name}` is no model", clause.name.span, "no parameter of type `model`",
+                         help=f"write {quoted(models)}" if models else f"declare it: `policy name({name}: model)`")
     return name
 
 
@@ -227,7 +225,8 @@ def _pairs(items: tuple[ast.Statement, ...], cls: type[Pass], scope: Scope) -> t
 def _end(end: ast.Name | ast.String, scope: Scope) -> str:
     if isinstance(end, ast.Name) and end.text != "output":
         scope.sink.error("FXC0135", f"`{end.text}` is no end of a pair", end.span, "expected `output` or a path",
-                         help=f'a module path is written as a text: `"{end.text}"`', fixes=(Fix(end.span, f'"{end.text}"'),))
+                         help=f'a module path is written as a text: `"{end.text}"`',
+                         fixes=(Fix(end.span, f'"{end.text}"'),))
     return end.text if isinstance(end, ast.Name) else end.value
 
 

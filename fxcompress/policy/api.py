@@ -41,8 +41,8 @@ def instantiate(policy: model.Policy, params: Mapping[str, object] | None = None
         names = quoted(whole.missing, "and")
         example = f'params={{"{whole.missing[0]}": ...}}'
         raise PolicyError([Diagnostic("FXC0133", f"policy `{whole.name}` needs a value for {names}", _head(whole),
-                                      help=f"give it from Python, `{example}`, or by `--param {whole.missing[0]}=...`; or "
-                                      "write a default")])
+                                      help=f"give it from Python, `{example}`, or by `--param "
+                                      f"{whole.missing[0]}=...`; or write a default")])
     return whole
 
 

@@ -251,7 +251,7 @@ class Clause(Node):
 
 @dataclass(frozen=True)
 class Action(Node):
-    """`optional override verb operand as preset from teacher { ... }`. `head` is the place from the verb to the operand."""
+    """`optional override verb operand as preset from teacher { ... }`. `head` is from the verb to the operand."""
 
     modifiers: tuple[Name, ...]
     verb: Name

@@ -1,5 +1,6 @@
 """From the parser's reductions to the syntax tree. Called while parsing, bottom up, so nothing here recurses."""
 
+# ruff: noqa: D102 -- the methods are the rules of the grammar, where they are described
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -14,8 +15,14 @@ ESCAPES = {'"': '"', "\\": "\\", "n": "\n", "t": "\t"}
 Child = Any  # a Token or a node: what a reduction is given depends on its rule
 
 
+def place(token: Token) -> tuple[int, int]:
+    """Where a token stands. Ours all have a place; Lark's class allows for tokens without."""
+    start = token.start_pos or 0
+    return start, start if token.end_pos is None else token.end_pos
+
+
 class Builder:
-    """One method for each rule of `grammar/policy.lark` whose name has no `_` before it; helpers must not bear a rule's name.
+    """One method for each rule of `grammar/policy.lark` without a `_` before its name; helpers bear no rule's name.
 
     `source` is set for the text that is being parsed.
     """
@@ -26,12 +33,12 @@ class Builder:
         return ast.Name(self._at(token), str(token))
 
     def _at(self, token: Token) -> Span:
-        return Span(self.source, token.start_pos or 0, token.end_pos or 0)
+        return Span(self.source, *place(token))
 
     def _span(self, children: Sequence[Child]) -> Span:
         first, last = children[0], children[-1]
-        start = first.start_pos if isinstance(first, Token) else first.span.start
-        end = last.end_pos if isinstance(last, Token) else last.span.end
+        start: int = place(first)[0] if isinstance(first, Token) else first.span.start
+        end: int = place(last)[1] if isinstance(last, Token) else last.span.end
         return Span(self.source, start, end)
 
     # Statements

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..diagnostics import Diagnostic, Fix, Label, PolicyError, Sink, nearest
 from ..source import Source, Span
@@ -88,13 +88,14 @@ class _Checker:
         policies = [item for item in file.items if isinstance(item, ast.PolicyDecl)]
         for extra in policies[1:]:
             self.sink.error("FXC0140", "a file holds one policy", extra.name.span, "a second one",
-                            secondary=(Label(policies[0].name.span, "the first"),), help="move it into a file of its own")
+                            secondary=(Label(policies[0].name.span, "the first"),),
+                            help="move it into a file of its own")
         lets = [item for item in file.items if isinstance(item, ast.Let)]
         if policies:
             return self._policy(policies[0], lets)
         for item in file.items:
             if isinstance(item, ast.Broken) and item.body is not None:
-                self._body(item.body, lets)
+                self._body("", item.body, lets)
                 return None
         self._lets(lets)
         return None
@@ -120,7 +121,8 @@ class _Checker:
                             help=f"choose another name, such as `my_{name.text}`")
         elif other is not None:
             self.sink.error("FXC0108", f"`{name.text}` is defined twice", name.span, f"a {what} of the same name",
-                            secondary=(Label(other[1], f"first defined here, as a {other[0]}"),), help="choose another name")
+                            secondary=(Label(other[1], f"first defined here, as a {other[0]}"),),
+                            help="choose another name")
         else:
             self.declared[name.text] = (what, name.span)
             return True
@@ -130,12 +132,12 @@ class _Checker:
 
     def _policy(self, policy: ast.PolicyDecl, lets: list[ast.Let]) -> model.Policy | None:
         self.scope.given = self._parameters(policy)
-        body = self._body(policy.body, lets)
+        found = self._body(policy.name.text, policy.body, lets)
         self._unused()
         if any(item.severity == "error" for item in self.sink.items):
             return None
-        return model.Policy(policy.name.text, self.source, params={name: item.value for name, item in self.scope.given.items()},
-                            warnings=tuple(self.sink.items), **body)
+        params = {name: item.value for name, item in self.scope.given.items()}
+        return replace(found, params=params, warnings=tuple(self.sink.items))
 
     def _parameters(self, policy: ast.PolicyDecl) -> dict[str, Given]:
         found: dict[str, Given] = {}
@@ -181,21 +183,19 @@ class _Checker:
                            notes=item.notes, help=item.help) for item in error.diagnostics)
         return Unset((name,))
 
-    def _body(self, body: ast.Block, lets: list[ast.Let]) -> dict[str, object]:
-        """The fields of a `Policy` from the statements of its block."""
+    def _body(self, name: str, body: ast.Block, lets: list[ast.Let]) -> model.Policy:
+        """The policy that the statements of a block make, as far as they are right."""
         items = list(_flattened(body.items))
         bound = self._lets([*lets, *(item for item in items if isinstance(item, ast.Let))])
         kinds: dict[str, frozenset[str] | None] = {}
-        for name, selected in bound.items():
-            kinds[name] = kinds_of(selected, kinds)
+        for let, selected in bound.items():
+            kinds[let] = kinds_of(selected, kinds)
         context = Context(self.scope, self.presets, kinds)
         budgets = [read_budget(item, self.scope) for item in items if isinstance(item, ast.Budget)]
         expects = [read_expect(item, self.scope) for item in items if isinstance(item, ast.Expect)]
         phases = self._phases(items, context)
-        return {
-            "target": self._target(items), "inputs": self._inputs(items), "lets": bound, "phases": phases,
-            "budgets": tuple(filter(None, budgets)), "expects": tuple(filter(None, expects)),
-        }
+        return model.Policy(name, self.source, self._target(items), self._inputs(items), bound, phases,
+                            tuple(filter(None, budgets)), tuple(filter(None, expects)))
 
     def _target(self, items: list[ast.Statement]) -> str:
         targets = [item for item in items if isinstance(item, ast.Target)]
@@ -205,7 +205,8 @@ class _Checker:
         for item in targets:
             if item.name.text not in TARGETS:
                 known = nearest(item.name.text, TARGETS, 1)
-                self.sink.error("FXC0127", f"unknown target `{item.name.text}`", item.name.span, f"expected {quoted(TARGETS)}",
+                self.sink.error("FXC0127", f"unknown target `{item.name.text}`", item.name.span,
+                                f"expected {quoted(TARGETS)}",
                                 help=f"did you mean `{known[0]}`?" if known else f"write {quoted(TARGETS)}",
                                 fixes=(Fix(item.name.span, known[0]),) if known else ())
         return targets[0].name.text if targets else "cpu"
@@ -217,7 +218,8 @@ class _Checker:
                 continue
             if item.name.text in found:
                 self.sink.error("FXC0104", f"the input `{item.name.text}` is declared twice", item.name.span, "again",
-                                secondary=(Label(found[item.name.text].span, "first here"),), help="keep one of the two")
+                                secondary=(Label(found[item.name.text].span, "first here"),),
+                                help="keep one of the two")
             if item.dtype.text not in DTYPES:
                 known = nearest(item.dtype.text, DTYPES, 1)
                 self.sink.error("FXC0128", f"unknown element type `{item.dtype.text}`", item.dtype.span, "not a type",
@@ -227,7 +229,8 @@ class _Checker:
             dims = [dim.text if isinstance(dim, ast.Name) else dim.value for dim in item.dims]
             for dim, node in zip(dims, item.dims, strict=True):
                 if not isinstance(dim, str) and (isinstance(dim, float) or dim < 1):
-                    self.sink.error("FXC0128", "a dimension is a whole number above 0, or a name", node.span, "not a size",
+                    self.sink.error("FXC0128", "a dimension is a whole number above 0, or a name", node.span,
+                                    "not a size",
                                     help="a name such as `N` stands for a size that may change")
             shape = tuple(dim if isinstance(dim, str) else int(dim) for dim in dims)
             found[item.name.text] = model.InputSpec(item.name.text, item.dtype.text, shape, item.span)
@@ -250,7 +253,7 @@ class _Checker:
         return {name: found for name in ordered if (found := read[name]) is not None}
 
     def _ordered(self, lets: Mapping[str, ast.Let], refers: Mapping[str, tuple[str, ...]]) -> list[str]:
-        """The names so that each comes after those it refers to; those in cycles, or too deep, are reported and left out."""
+        """The names, each after those it refers to; those in cycles, or too deep, are reported and left out."""
         depth: dict[str, int] = {}
         waiting = dict(refers)
         while waiting:
@@ -261,7 +264,8 @@ class _Checker:
             for name in ready:
                 depth[name] = 1 + max((depth[other] for other in waiting.pop(name)), default=0)
             if depth[ready[0]] > MAX_LETS_DEEP:
-                self.sink.error("FXC0008", f"`let`s refer to each other more than {MAX_LETS_DEEP} deep", lets[ready[0]].span,
+                self.sink.error("FXC0008", f"`let`s refer to each other more than {MAX_LETS_DEEP} deep",
+                                lets[ready[0]].span,
                                 "one too many", help="write some of them out")
                 break
         return list(depth)
@@ -274,7 +278,8 @@ class _Checker:
             name = next(other for other in waiting[name] if other in waiting)
         path = path[path.index(name):]
         chain = " -> ".join(f"`{item}`" for item in [*path, path[0]])
-        self.sink.error("FXC0109", f"`let`s that define each other: {chain}", lets[path[0]].name.span, "has no beginning",
+        self.sink.error("FXC0109", f"`let`s that define each other: {chain}", lets[path[0]].name.span,
+                        "has no beginning",
                         secondary=tuple(Label(lets[item].name.span) for item in path[1:]), help="write one of them out")
 
     def _unused(self) -> None:

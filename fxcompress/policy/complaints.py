@@ -75,7 +75,8 @@ def _hint(token: Token, expected: set[str]) -> str | None:
 
 def _missing_value(source: Source, token: Token, _expected: set[str], previous: Token | None,
                    _first: Token | None) -> Diagnostic | None:
-    if previous is None or previous.type != "EQUAL" or token.type not in ("_NL", "$END", "RBRACE", "_COMMA_SEP", "RPAR"):
+    if previous is None or previous.type != "EQUAL" or token.type not in ("_NL", "$END", "RBRACE", "_COMMA_SEP",
+                                                                          "RPAR"):
         return None
     place = Span(source, previous.start_pos or 0, previous.end_pos or 0)
     return Diagnostic("FXC0007", "a value is missing behind `=`", Label(place, "nothing follows on this line"),
@@ -88,8 +89,10 @@ def _unit(source: Source, token: Token, _expected: set[str], previous: Token | N
         return None
     known = nearest(str(token), UNITS, 1)
     span = _span(source, token)
-    return Diagnostic("FXC0012", f"unknown unit `{token}`", Label(span, "not a unit"), notes=(f"units: {', '.join(UNITS)}",),
-                      help=f"did you mean `{known[0]}`?" if known else "write the number with one of the units, or alone",
+    return Diagnostic("FXC0012", f"unknown unit `{token}`", Label(span, "not a unit"),
+                      notes=(f"units: {', '.join(UNITS)}",),
+                      help=f"did you mean `{known[0]}`?" if known
+                      else "write the number with one of the units, or alone",
                       fixes=(Fix(span, known[0]),) if known else ())
 
 
@@ -97,7 +100,8 @@ def _equals(source: Source, token: Token, expected: set[str], previous: Token | 
             _first: Token | None) -> Diagnostic | None:
     span = _span(source, token)
     if token.type == "EQUAL" and "CMP" in expected:
-        return Diagnostic("FXC0004", "`=` sets a value; a comparison is written `==`", Label(span, "a comparison stands here"),
+        return Diagnostic("FXC0004", "`=` sets a value; a comparison is written `==`",
+                          Label(span, "a comparison stands here"),
                           help="write `==`", fixes=(Fix(span, "=="),))
     if token.type in ("EQUAL", "CMP") and previous is not None and previous.type == "EQUAL":
         both = Span(source, previous.start_pos or 0, span.end)
@@ -128,7 +132,8 @@ def _misspelt_keyword(source: Source, token: Token, expected: set[str], _previou
     if not known:
         return None
     span = _span(source, token)
-    return Diagnostic("FXC0010", f"`{token}` is not a keyword that can stand here", Label(span, f"expected {quoted(known)}"),
+    return Diagnostic("FXC0010", f"`{token}` is not a keyword that can stand here",
+                      Label(span, f"expected {quoted(known)}"),
                       help=f"did you mean `{known[0]}`?", fixes=(Fix(span, known[0]),))
 
 
@@ -173,16 +178,20 @@ def strange(source: Source, start: int, end: int) -> Diagnostic:
     instead = LOOKALIKES.get(text[0])
     if instead is not None:
         exact = len(instead) <= 2
-        return Diagnostic("FXC0003", f"the character {_named(text[0])} means nothing here", Label(span, "not of the language"),
-                          help=f"did you mean {f'`{instead}`' if exact and instead.strip() else 'a blank' if exact else instead}?",
+        meant = instead if not exact else f"`{instead}`" if instead.strip() else "a blank"
+        return Diagnostic("FXC0003", f"the character {_named(text[0])} means nothing here",
+                          Label(span, "not of the language"),
+                          help=f"did you mean {meant}?",
                           fixes=(Fix(span, instead),) if exact and len(text) == 1 else ())
     if text[0].isalpha():
         while start > 0 and (source.text[start - 1].isalnum() or source.text[start - 1] == "_"):
             start -= 1
         word = Span(source, start, end)
-        return Diagnostic("FXC0003", "names are made of the letters a-z and A-Z, digits and `_`", Label(word, "not a name"),
+        return Diagnostic("FXC0003", "names are made of the letters a-z and A-Z, digits and `_`",
+                          Label(word, "not a name"),
                           help='module paths with other letters are written as texts: `name ~ "größe"`')
-    return Diagnostic("FXC0003", f"the character {_named(text[0])} means nothing here", Label(span, "not of the language"),
+    return Diagnostic("FXC0003", f"the character {_named(text[0])} means nothing here",
+                      Label(span, "not of the language"),
                       help="take it out")
 
 
@@ -198,7 +207,8 @@ def literal(source: Source, token: Token) -> Iterator[Diagnostic]:
             if match.group(1) not in ESCAPES:
                 place = Span(source, start + match.start(), start + match.end())
                 yield Diagnostic("FXC0013", f"unknown escape `{match.group()}`", Label(place, "in this text"),
-                                 notes=('escapes: `\\"`, `\\\\`, `\\n`, `\\t`',), help="a backslash itself is written `\\\\`",
+                                 notes=('escapes: `\\"`, `\\\\`, `\\n`, `\\t`',),
+                                 help="a backslash itself is written `\\\\`",
                                  fixes=(Fix(place, "\\" + match.group()),))
         return
     digits = split_quantity(str(token))[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from ..diagnostics import Fix, nearest
 from . import ast, model, selector
@@ -56,7 +56,8 @@ def read_budget(budget: ast.Budget, scope: Scope) -> model.Budget | None:
         return None
     if operator.text not in ("<", "<="):
         scope.sink.error("FXC0130", f"a budget is an upper limit, found `{operator.text}`", operator.span, "",
-                         help="write `<=`; a lower limit on the result is an `expect`", fixes=(Fix(operator.span, "<="),))
+                         help="write `<=`; a lower limit on the result is an `expect`",
+                         fixes=(Fix(operator.span, "<="),))
         return None
     limit = _limit(name.text, condition.right, "FXC0130", scope)
     if limit is None:
@@ -83,7 +84,7 @@ def read_expect(expect: ast.Expect, scope: Scope) -> model.Expect | None:
         if isinstance(condition, ast.Compare):
             scope.sink.error("FXC0131", "`unchanged` is not compared", condition.operator.span, "nothing to compare",
                              help=f"write `expect {figure.span.text}`", fixes=(Fix(condition.span, figure.span.text),))
-        return None if given is _WRONG else model.Expect(name.text, given, None, None, expect.span, why)  # type: ignore[arg-type]
+        return None if given is _WRONG else model.Expect(name.text, _given(given), None, None, expect.span, why)
     if not isinstance(condition, ast.Compare) or condition.operator.text == "~":
         place = condition.operator.span if isinstance(condition, ast.Compare) else condition.span
         scope.sink.error("FXC0131", f"`{name.text}` is not compared with a number", place, "",
@@ -92,11 +93,16 @@ def read_expect(expect: ast.Expect, scope: Scope) -> model.Expect | None:
     limit = _limit(name.text, condition.right, "FXC0131", scope)
     if limit is None or given is _WRONG:
         return None
-    return model.Expect(name.text, given, condition.operator.text, limit[0], expect.span, why,  # type: ignore[arg-type]
-                        limit[1])
+    operator: Any = condition.operator.text
+    return model.Expect(name.text, _given(given), operator, limit[0], expect.span, why, limit[1])
 
 
 _WRONG = object()
+
+
+def _given(argument: object) -> Any:
+    """What `_argument` gave, which was no error."""
+    return argument
 
 
 def _argument(figure: ast.Expr, name: ast.Name, scope: Scope) -> object:
@@ -114,7 +120,8 @@ def _argument(figure: ast.Expr, name: ast.Name, scope: Scope) -> object:
     if wanted == "output":
         if isinstance(args[0], ast.Name) and args[0].text == "output":
             return "output"
-        scope.sink.error("FXC0131", f"`{name.text}` is measured on the output, found {describe(args[0])}", args[0].span, "",
+        scope.sink.error("FXC0131", f"`{name.text}` is measured on the output, found {describe(args[0])}", args[0].span,
+                         "",
                          help=f"write `{name.text}(output)`", fixes=(Fix(args[0].span, "output"),))
         return _WRONG
     found: selector.Selector | None = read_selector(args[0], scope)
@@ -142,7 +149,8 @@ def _limit(name: str, expr: ast.Expr, code: str, scope: Scope) -> tuple[float, b
         _wrong_limit(name, metric, expr, value, relative, code, scope)
         return None
     if limit < 0 or (limit > 1 and metric.measure == "percent"):
-        scope.sink.error(code, f"the limit of `{name}` is out of range", expr.span, "", help="write a limit from 0% to 100%"
+        scope.sink.error(code, f"the limit of `{name}` is out of range", expr.span, "",
+                         help="write a limit from 0% to 100%"
                          if metric.measure == "percent" else "write a limit above 0")
         return None
     return (0.0 if any(isinstance(item.value, Unset) for item in met) else limit), relative
@@ -164,7 +172,9 @@ def _wrong_limit(name: str, metric: Metric, expr: ast.Expr, value: ast.Expr, rel
         fix = f"{show_number(value.value)}%{' of dense' if relative else ''}"
     example = "55% of dense" if relative else EXAMPLES[metric.measure]
     scope.sink.error(code, f"`{name}` is limited by a number as in `{example}`, found {describe(expr)}", expr.span,
-                     "of another unit", help=f"write `{fix}`" if fix else f"write the number with its unit, as in `{example}`", fixes=(Fix(expr.span, fix),) if fix else ())
+                     "of another unit",
+                     help=f"write `{fix}`" if fix else f"write the number with its unit, as in `{example}`",
+                     fixes=(Fix(expr.span, fix),) if fix else ())
 
 
 def _unknown(name: ast.Name, known: list[str], code: str, scope: Scope) -> None:

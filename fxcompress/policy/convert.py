@@ -62,8 +62,8 @@ def fill_in(expr: ast.Expr, given: Mapping[str, Given]) -> tuple[ast.Expr, list[
 
 
 def read_value(type_: ValueType, expr: ast.Expr, given: Mapping[str, Given], sink: Sink, what: str) -> object:
-    """The checked value of `expr`, `Unset` where it rests on a parameter without a value; None after an error, which goes
-    to `sink`. `what` names the parameter in messages."""
+    """The checked value of `expr`, `Unset` where it rests on a parameter without a value; None after an error, which
+    goes to `sink`. `what` names the parameter in messages."""
     filled, met = fill_in(expr, given)
     used = tuple(dict.fromkeys(item.declared.name.text for item in met if isinstance(item.value, Unset)))
     models = [item for item in met if item.type == "model"]

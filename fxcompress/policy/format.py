@@ -39,11 +39,12 @@ class _Token:
 
 @dataclass
 class _Block:
-    """`{ ... }`. `inline`: it was on one line. `comment` stands behind the `{`."""
+    """`{ ... }`. `inline`: it was on one line. `comment` stands behind the `{`. Tokens among the items are comments on
+    their own line, and blank lines."""
 
     inline: bool = True
     comment: str = ""
-    items: list[_Statement | _Token] = field(default_factory=list)  # tokens: comments on their own line, and blank lines
+    items: list[_Statement | _Token] = field(default_factory=list)
 
 
 @dataclass
@@ -129,7 +130,8 @@ class _Reader:
         while self.at < len(self.tokens):
             token = self.tokens[self.at]
             in_head = statement.starts_with("phase")  # `after a, b`: no block was met yet
-            if depth == 0 and (token.kind in ("newline", "comment") or token.text == "}" or (token.text == "," and not in_head)):
+            if depth == 0 and (token.kind in ("newline", "comment") or token.text == "}"
+                               or (token.text == "," and not in_head)):
                 return statement
             if depth == 0 and token.text == "{":
                 statement.parts.append(self._block())
@@ -270,5 +272,6 @@ def _spaced(tokens: Sequence[_Token], index: int, verb: int | None) -> bool:
     if right.text == "(" and left.kind == "name":
         return index - 1 == verb or left.text in KEYWORDS
     if left.text == "-":
-        return not (index == 1 or tokens[index - 2].text in ("(", "[", ",", *_OPERATORS) and tokens[index - 2].kind == "sign")
+        return not (index == 1 or tokens[index - 2].text in ("(", "[", ",", *_OPERATORS)
+                    and tokens[index - 2].kind == "sign")
     return True

@@ -1,7 +1,7 @@
 """What selectors may name: operator kinds, facts in `[...]`, helper functions. Plain tables, no torch.
 
-`graph/ops.py` and `graph/predicates.py` implement them; tests hold both sides together. They stand here because a policy
-is checked, and its misspelt names are mended, without loading torch.
+`graph/ops.py` and `graph/predicates.py` implement them; tests hold both sides together. They stand here because a
+policy is checked, and its misspelt names are mended, without loading torch.
 """
 
 from __future__ import annotations
@@ -33,14 +33,16 @@ KINDS = frozenset("""
     stochastic_depth sub sum take_along_dim tan tanh tanhshrink tensor tensordot threshold tile to topk transpose
     tril triu trunc unbind unflatten unfold unfold_dim unsqueeze var var_mean vector_norm view_as_complex
     view_as_real where xlogy xor zeros zeros_like
-""".split())
+""".split())  # noqa: SIM905 -- a list of 250 literals would be less easy to read
 
 #: the facts a predicate may ask for, and what they are compared with; `graph/predicates.py` has their meaning
 PREDICATES: Mapping[str, Literal["text", "count", "bytes", "bool"]] = {
-    "name": "text", "params": "count", "macs": "count", "bytes": "bytes", "out_channels": "count", "in_channels": "count",
+    "name": "text", "params": "count", "macs": "count", "bytes": "bytes",
+    "out_channels": "count", "in_channels": "count",
     "kernel_size": "count", "stride": "count", "padding": "count", "dilation": "count", "groups": "count",
     "depthwise": "bool", "out_features": "count", "in_features": "count", "channels": "count", "embeddings": "count",
-    "embedding_dim": "count", "hidden_size": "count", "heads": "count", "bias": "bool", "rank": "count", "dtype": "text",
+    "embedding_dim": "count", "hidden_size": "count", "heads": "count", "bias": "bool", "rank": "count",
+    "dtype": "text",
     "depth": "count",
 }
 TEXT_OPERATORS, EQUALITY, ORDER = ("~", "==", "!="), ("==", "!="), ("<", "<=", ">", ">=")

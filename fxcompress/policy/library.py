@@ -48,7 +48,8 @@ def decode(data: bytes, name: str) -> Source:
         before = data[:error.start].decode("utf-8-sig", errors="replace")
         readable = Source(name, before + "\ufffd")
         place = Label(readable.span(len(before), len(before) + 1), f"byte 0x{data[error.start]:02x}")
-        raise PolicyError([Diagnostic("FXC0001", "this text is not UTF-8", place, help="save the file as UTF-8")]) from error
+        raise PolicyError([Diagnostic("FXC0001", "this text is not UTF-8", place,
+                                      help="save the file as UTF-8")]) from error
 
 
 @dataclass

@@ -16,7 +16,8 @@ from .words import listed, quoted
 
 def _no_ramp_name(expr: ast.Call) -> Mismatch:
     known = nearest(expr.name.text, RAMPS, 1)
-    return Mismatch(f"unknown ramp `{expr.name.text}`", code=UNKNOWN_NAME, at=expr.name, fix=known[0] if known else None,
+    return Mismatch(f"unknown ramp `{expr.name.text}`", code=UNKNOWN_NAME, at=expr.name,
+                    fix=known[0] if known else None,
                     help=f"did you mean `{known[0]}`?" if known else f"the ramps are {quoted(RAMPS, 'and')}")
 
 
@@ -80,7 +81,8 @@ class Percent(_Scalar):
             return float(to_base(expr.value, "%"))
         if isinstance(expr, ast.Number):
             percent = expr.value if abs(expr.value) > 1 or expr.value == 0 else round(expr.value * 100, 10)
-            raise Mismatch(f"expected {self.describe()}, found {describe(expr)}", at=expr, fix=f"{show_number(percent)}%")
+            raise Mismatch(f"expected {self.describe()}, found {describe(expr)}", at=expr,
+                           fix=f"{show_number(percent)}%")
         raise self.wrong(expr)
 
     def _check(self, value: object) -> float:
@@ -146,7 +148,7 @@ class _Whole(ValueType):
         return int(value)
 
     def _accept(self, value: object) -> object:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value != int(value):
+        if not isinstance(value, int | float) or not is_number(value) or math.isinf(value) or value != int(value):
             raise self.wrong(value)
         in_range(value, *self._bounds(), show)
         return int(value)

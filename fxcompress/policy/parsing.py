@@ -1,8 +1,8 @@
 """Parsing with recovery: every syntax error of a text in one run, and a tree of what could be read.
 
-Lark's contextual lexer and LALR tables do the reading. After an error the statement it stands in is dropped: the parser's
-stack is taken back to where a statement may begin, a `BROKEN` token is fed in its place, and reading goes on at the end of
-the line, or at the block that follows. Nothing recurses, and brackets nest at most `MAX_DEPTH` deep.
+Lark's contextual lexer and LALR tables do the reading. After an error the statement it stands in is dropped: the
+parser's stack is taken back to where a statement may begin, a `BROKEN` token is fed in its place, and reading goes on
+at the end of the line, or at the block that follows. Nothing recurses, and brackets nest at most `MAX_DEPTH` deep.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from threading import Lock
 from typing import Any, Literal
 
 from lark import Lark, Token, UnexpectedCharacters, UnexpectedToken
-from lark.lexer import LexerState, LineCounter, TextSlice
+from lark.lexer import LexerState, LineCounter
+from lark.utils import TextSlice
 
 from ..diagnostics import Diagnostic, Sink
 from ..source import Source
@@ -93,7 +94,7 @@ class _Reader:
         self.lexers, self.root = parser.lexer.lexers, parser.lexer.root_lexer
         self.state = parser.parse_interactive(None, self.start).parser_state
         self.states = self.state.parse_conf.states
-        self.counter = LineCounter("\n")
+        self.counter = LineCounter("\n")  # type: ignore[no-untyped-call]
         text = self.source.text
         self.lexer_state = LexerState(TextSlice(text, 0, len(text)), self.counter)
 
@@ -160,7 +161,8 @@ class _Reader:
         if any(opened.type == wanted for opened in self._same_block(token)):
             return True
         self._report(complaints.unmatched(self.source, token, self.opens[-1] if self.opens else None))
-        self.counter.char_pos = token.start_pos + len(_RUN[token.type].match(self.source.text, token.start_pos).group())
+        run = _RUN[token.type].match(self.source.text, token.start_pos or 0)
+        self.counter.char_pos = run.end() if run is not None else self.counter.char_pos
         return False
 
     def _same_block(self, token: Token) -> list[Token]:
@@ -202,17 +204,21 @@ class _Reader:
 
     def _recover(self, token: Token) -> None:
         opened = self.opens[-1] if self.opens else None
-        if opened is not None and opened.type != "LBRACE" and "\n" in self.source.text[opened.start_pos:token.start_pos]:
+        if opened is not None and opened.type != "LBRACE" and self._has_newline(opened, token):
             self._report(complaints.unclosed(self.source, opened))
             end = self.source.text.find("\n", opened.start_pos)
             self._drop(Token("$UNCLOSED", "", end, end_pos=end), reported=True)
             return
         self._drop(token, reported=False)
 
+    def _has_newline(self, first: Token, last: Token) -> bool:
+        return "\n" in self.source.text[first.start_pos:last.start_pos]
+
     def _drop(self, token: Token, *, reported: bool) -> None:
         """Give up the statement at `token`, and set the reader to go on behind it."""
         if not reported:
-            self._report(complaints.unexpected(self.source, token, self._expected(), self.previous, self.first, self.opens))
+            self._report(complaints.unexpected(self.source, token, self._expected(), self.previous, self.first,
+                                               self.opens))
         if self.start == "expression":
             raise _Stop
         complete = not reported and self._accepts("_NL", "BROKEN")
@@ -227,7 +233,8 @@ class _Reader:
             while not self._accepts("BROKEN"):
                 self.state.state_stack.pop()
                 self.state.value_stack.pop()
-            self.opens = [value for value in self.state.value_stack if isinstance(value, Token) and value.type in OPENERS]
+            self.opens = [value for value in self.state.value_stack if isinstance(value, Token)
+                          and value.type in OPENERS]
         end = self._sync(token.start_pos or 0)
         self.broken.update(_WORD.findall(self.source.text[self.statement:end]))
         self.state.feed_token(Token("BROKEN", "", self.statement, end_pos=max(end, self.statement)))
@@ -277,7 +284,8 @@ class _Reader:
         if self.start == "expression":
             if self._accepts("$END"):
                 return self.state.feed_token(end, is_end=True)
-            self._report(complaints.unexpected(self.source, end, self._expected(), self.previous, self.first, self.opens))
+            self._report(complaints.unexpected(self.source, end, self._expected(), self.previous, self.first,
+                                               self.opens))
             return None
         if not self._accepts("$END") or self.opens:
             opened = self.opens[-1] if self.opens else None

@@ -7,7 +7,7 @@ from typing import Literal
 
 from ..diagnostics import Fix, Label, Sink, nearest
 from . import ast
-from .units import canonical, show_number, show_percent
+from .units import canonical, show_number, show_percent, to_base
 from .values import Window
 from .words import quoted
 
@@ -36,7 +36,8 @@ def read_window(phase: ast.Phase, sink: Sink) -> Window | None:
     if start is None or end is None:
         return None
     if start >= end:
-        sink.error("FXC0124", f"the window of phase `{phase.name.text}` {'is empty' if start == end else 'runs backwards'}",
+        sink.error("FXC0124",
+                   f"the window of phase `{phase.name.text}` {'is empty' if start == end else 'runs backwards'}",
                    over.start.span.to(over.end.span), "from its start to before its end",
                    help="write the smaller number first; the end is not part of the window")
         return None
@@ -53,9 +54,10 @@ def _bound(word: str, bound: ast.Number | ast.Quantity, sink: Sink) -> float | N
     else:
         if isinstance(bound, ast.Number) and (word == "epochs" or isinstance(bound.value, int)):
             return bound.value
-        scaled = isinstance(bound, ast.Quantity) and bound.unit in ("k", "M") and bound.value * 1000 == int(bound.value * 1000)
-        if isinstance(bound, ast.Quantity) and scaled:
-            return bound.value * (1000 if bound.unit == "k" else 1_000_000)
+        is_count = isinstance(bound, ast.Quantity) and bound.unit in ("k", "M")
+        scaled = to_base(bound.value, bound.unit) if isinstance(bound, ast.Quantity) and is_count else None
+        if isinstance(scaled, int):
+            return scaled
         fix = show_number(bound.value) if isinstance(bound, ast.Quantity) and canonical(bound.unit) == word else None
         wanted = "a number" if word == "epochs" else "a whole number"
     sink.error("FXC0124", f"a window over {word} is bounded by {wanted}, found `{bound.span.text}`", bound.span, "",
@@ -86,7 +88,8 @@ def in_order(phases: Sequence[ast.Phase], windows: Mapping[str, Window | None], 
         if not ready:
             _cycle([by_name[name] for name in waiting], before, sink)
             return [*ordered, *(by_name[name] for name in waiting)]
-        name = min(ready, key=lambda each: 0.0 if mixed else _start(windows[each], [ends[item] for item in before[each]]))
+        name = min(ready,
+                   key=lambda each: 0.0 if mixed else _start(windows[each], [ends[item] for item in before[each]]))
         del waiting[name]
         ordered.append(by_name[name])
         ends[name] = _end(by_name[name], windows[name], {item: ends[item] for item in before[name]}, by_name, sink)

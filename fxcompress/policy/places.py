@@ -1,4 +1,4 @@
-"""Which statement may stand where. The grammar takes any statement in any block, so that these messages can be given."""
+"""Which statement may stand where. The grammar takes any statement in any block, for the sake of these messages."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ STATEMENT: Mapping[type, tuple[str, tuple[str, ...]]] = {
     ast.Setting: ("a setting", ("action", "preset", "pair")),
 }
 PLACE = {
-    "file": "at the top of a file", "policy": "in a policy", "phase": "in a phase", "action": "in the block of an action",
+    "file": "at the top of a file", "policy": "in a policy", "phase": "in a phase",
+    "action": "in the block of an action",
     "preset": "in a preset", "pair": "in a pair",
 }
 
 
 def check_places(items: Iterable[ast.Statement], place: str, sink: Sink) -> None:
-    """Report every statement that stands where it can't, in blocks of blocks too. Blocks nest as deep as brackets may."""
+    """Report every statement that stands where it can't, in blocks of blocks too. They nest no deeper than brackets."""
     for item in items:
         known = STATEMENT.get(type(item))
         if known is not None and place not in known[1] and place != "broken":

@@ -1,7 +1,7 @@
 """The door to the registries of `passbase`: which verbs there are, and what names a registered type knows.
 
-`passbase` declares parameters with the types of this package, so it can't be imported from here at the top: it is looked up
-when a policy is checked. This is the one place where the language asks what lies above it.
+`passbase` declares parameters with the types of this package, so it can't be imported from here at the top: it is
+looked up when a policy is checked. This is the one place where the language asks what lies above it.
 """
 
 from __future__ import annotations

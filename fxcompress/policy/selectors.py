@@ -1,4 +1,4 @@
-"""From written selectors to checked ones: names resolved, predicates typed, patterns compiled once to see that they can be."""
+"""From written selectors to checked ones: names resolved, predicates typed, patterns compiled once, as a test."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def read_selector(expr: ast.Expr, scope: Scope) -> selector.Selector | None:
         scope.sink.error("FXC0139", f"expected a selector, found {describe(expr)}", expr.span, "selects nothing",
                          help='a selector is a kind (`conv2d`), a path (`"layer1.*"`), a `let`, or made of these')
         return None
-    return cast("selector.Selector | None", reader(expr, scope))
+    return reader(expr, scope)
 
 
 def _star(expr: ast.Star, _scope: Scope) -> selector.Selector:
@@ -136,7 +136,8 @@ def _call(expr: ast.Call, scope: Scope) -> selector.Selector | None:
         return None
     args = [_argument(name, kind, cast("ast.Expr", arg), scope)
             for kind, arg in zip(wanted, expr.args, strict=False)]
-    return None if any(arg is None for arg in args) else selector.Helper(name, tuple(args), expr.span)  # type: ignore[arg-type]
+    found = tuple(arg for arg in args if arg is not None)
+    return selector.Helper(name, found, expr.span) if len(found) == len(args) else None
 
 
 def _counted(least: int, most: int) -> str:
@@ -151,7 +152,8 @@ def _argument(name: str, kind: str, arg: ast.Expr, scope: Scope) -> selector.Sel
     scope.used.update(item.declared.name.text for item in met)
     if isinstance(filled, ast.Number) and isinstance(filled.value, int) and filled.value > 0:
         return filled.value
-    scope.sink.error("FXC0114", f"`{name}` wants a whole number above 0 as its count, found {describe(arg)}", arg.span, "",
+    scope.sink.error("FXC0114", f"`{name}` wants a whole number above 0 as its count, found {describe(arg)}", arg.span,
+                     "",
                      help=f"write `{name}(..., 3)`")
     return None
 
@@ -168,7 +170,8 @@ def _predicate(condition: ast.Expr, scope: Scope) -> selector.Predicate | None:
     if isinstance(condition, ast.Name) and PREDICATES.get(condition.text) == "bool":
         return selector.Predicate(condition.text, "==", True, condition.span)
     if not isinstance(condition, ast.Compare) or not isinstance(condition.left, ast.Name):
-        return _no_condition(condition, scope)
+        _no_condition(condition, scope)
+        return None
     key, operator = condition.left, condition.operator
     if key.text not in PREDICATES:
         known = nearest(key.text, PREDICATES, 1)
@@ -200,7 +203,8 @@ def _no_condition(condition: ast.Expr, scope: Scope) -> None:
     elif isinstance(condition, ast.Name):
         known = nearest(condition.text, PREDICATES, 1)
         help_ = f"did you mean `{known[0]}`?" if known else help_
-    scope.sink.error("FXC0111", f"{describe(condition)} is not a condition", condition.span, "says nothing of an operator",
+    scope.sink.error("FXC0111", f"{describe(condition)} is not a condition", condition.span,
+                     "says nothing of an operator",
                      help=help_, fixes=fixes)
 
 

@@ -1,8 +1,8 @@
 """The types of the policy language's values. Each says its name, describes itself, reads its syntax (`convert`) and
 checks a Python value (`accept`), so that a policy text and a call from Python are held to the same rules.
 
-Frozen dataclasses, no torch. A verb declares its parameters with these; schema, docs, completion and did-you-mean all come
-from them.
+Frozen dataclasses, no torch. A verb declares its parameters with these; schema, docs, completion and did-you-mean all
+come from them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from .typebase import OUT_OF_RANGE, UNKNOWN_NAME, Mismatch, ValueType, describe,
 from .values import Call, NofM
 from .words import listed, quoted
 
-__all__ = ["Bits", "Boolean", "CallOf", "Choice", "Integer", "Mismatch", "Number", "OneOf", "Percent", "Ratio", "Registered",
+__all__ = ["Bits", "Boolean", "CallOf", "Choice", "Integer", "Mismatch", "Number", "OneOf", "Percent", "Ratio",
+           "Registered",
            "Text", "Time", "ValueType"]
 
 
@@ -74,7 +75,8 @@ class _Named(ValueType):
         if self._known(value):
             return value
         known = nearest(value, self._names(), 1)
-        raise Mismatch(f"expected {self.describe()}, found `{value}`", code=UNKNOWN_NAME, fix=known[0] if known else None,
+        raise Mismatch(f"expected {self.describe()}, found `{value}`", code=UNKNOWN_NAME,
+                       fix=known[0] if known else None,
                        help=f"did you mean `{known[0]}`?" if known else f"write {self.describe()}")
 
 

@@ -53,7 +53,7 @@ def canonical(unit: str) -> str:
 
 
 def to_base(value: float, unit: str) -> int | float:
-    """`value` in base units: fractions, counts, bytes, bits, steps, seconds. Exact for decimal texts of up to 15 digits."""
+    """`value` in base units: fractions, counts, bytes, bits, steps, seconds. Exact for texts of up to 15 digits."""
     size = UNITS[canonical(unit)].size
     if size < 1:
         return value / round(1 / size)  # 60 / 100 is 0.6, where 60 * 0.01 isn't

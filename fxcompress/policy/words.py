@@ -10,8 +10,8 @@ KEYWORDS = (*STATEMENTS, *MODIFIERS, *CLAUSES)
 #: words that can't name a `let`, a parameter or a preset: they would never be read as that name
 RESERVED = frozenset({*KEYWORDS, "true", "false", "output"})
 
-UNITS = ("%", "k", "M", "G", "B", "kB", "MB", "GB", "KiB", "MiB", "GiB", "bits", "steps", "epochs", "samples", "us", "ms",
-         "s")
+UNITS = ("%", "k", "M", "G", "B", "kB", "MB", "GB", "KiB", "MiB", "GiB", "bits", "steps", "epochs", "samples", "us",
+         "ms", "s")
 
 #: what each terminal of the grammar is called in messages; keywords and signs stand for themselves
 TERMINALS = {

@@ -1,0 +1,5 @@
+"""`python -m fxcompress`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,142 @@
+"""The commands and their options, by typer. What they do is in `cli.py`, and in `commands.py` for those that need a
+model."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .cli import check_files, code_page, format_files
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+                  help="Compress PyTorch models by declarative policies.")
+
+
+class Format(StrEnum):
+    """How diagnostics are printed: text goes to stderr, the others to stdout."""
+
+    TEXT = "text"
+    JSON = "json"
+    SARIF = "sarif"
+
+
+class Layout(StrEnum):
+    """How a plan or a difference is printed."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+Files = Annotated[list[Path], typer.Argument(metavar="FILE...", help="Policy files; `-` reads from stdin.")]
+Policy = Annotated[Path, typer.Argument(metavar="POLICY", help="The policy file.")]
+Spec = Annotated[str,
+                 typer.Option("--model", metavar="SPEC", help="torchvision:NAME, timm:NAME, package.module:factory "
+                                   "or file.py:factory.")]
+Weights = Annotated[Path | None, typer.Option(metavar="FILE", help="The model's weights, as safetensors.")]
+Params = Annotated[list[str] | None,
+                   typer.Option("--param", metavar="NAME=VALUE", help="A policy parameter; repeatable.")]
+
+
+def _params(given: list[str] | None) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for item in given or ():
+        name, equals, value = item.partition("=")
+        if not equals or not name:
+            raise typer.BadParameter(f"{item!r} is not NAME=VALUE", param_hint="--param")
+        found[name.strip()] = value.strip()
+    return found
+
+
+@app.command()
+def check(paths: Files,
+          model: Annotated[str | None, typer.Option(metavar="SPEC", help="Bind the policies to this model "
+                                                                   "too.")] = None,
+          param: Params = None, format: Annotated[Format, typer.Option()] = Format.TEXT) -> None:
+    """Report every mistake in policies: of their text, and with --model of what they select."""
+    params = _params(param)
+    if model is None:
+        raise typer.Exit(check_files(paths, params, format.value))
+    from . import commands
+
+    raise typer.Exit(commands.check_model(paths, model, params, format.value))
+
+
+@app.command()
+def fmt(paths: Files, check: Annotated[bool, typer.Option("--check", help="Write nothing; exit 1 if a file would "
+                                                          "change.")] = False) -> None:
+    """Bring policies into the one layout, in place. Files with syntax errors stay as they are."""
+    raise typer.Exit(format_files(paths, check=check))
+
+
+@app.command()
+def verbs(verb: Annotated[str | None,
+                          typer.Argument(metavar="[VERB]", help="One verb, with its parameters.")] = None) -> None:
+    """List the verbs that policies may use, or the parameters of one."""
+    from .docs import verb_list, verb_text
+
+    if verb is None:
+        sys.stdout.write(verb_list())
+    else:
+        sys.stdout.write(verb_text(verb))
+
+
+@app.command()
+def explain(what: Annotated[str, typer.Argument(metavar="CODE|DIR", help="A code such as FXC0105, or an artifact.")],
+            layer: Annotated[str | None,
+                             typer.Argument(metavar="[LAYER]", help="A layer of the artifact.")] = None) -> None:
+    """Explain a diagnostic code; or what was done to a layer of an artifact, and why."""
+    if layer is not None:
+        from . import commands
+
+        raise typer.Exit(commands.explain_layer(Path(what), layer))
+    sys.stdout.write(code_page(what))
+
+
+@app.command()
+def plan(policy: Policy, model: Spec, weights: Weights = None, param: Params = None,
+         output: Annotated[Path | None,
+                           typer.Option("-o", "--output", metavar="FILE", help="Save the plan as JSON.")] = None,
+         format: Annotated[Layout, typer.Option()] = Layout.TEXT) -> None:
+    """Show what a policy would do to a model, before any of it is done."""
+    params = _params(param)
+    from . import commands
+
+    raise typer.Exit(commands.plan(policy, model, weights, params, output, format.value))
+
+
+@app.command()
+def compile(policy: Policy, model: Spec,
+            output: Annotated[Path,
+                              typer.Option("-o", "--output", metavar="DIR", help="Where the artifact is written.")],
+            weights: Weights = None, param: Params = None,
+            plan_file: Annotated[Path | None,
+                                 typer.Option("--plan", metavar="FILE", help="A saved plan; refused if the "
+                                                           "model or the policy has changed since.")] = None) -> None:
+    """Carry a policy out on a model, and write the artifact."""
+    params = _params(param)
+    from . import commands
+
+    raise typer.Exit(commands.compile(policy, model, weights, params, output, plan_file))
+
+
+@app.command()
+def inspect(directory: Annotated[Path, typer.Argument(metavar="DIR", help="An artifact.")],
+            format: Annotated[Layout, typer.Option()] = Layout.TEXT) -> None:
+    """Show the report of an artifact."""
+    from . import commands
+
+    raise typer.Exit(commands.inspect(directory, format.value))
+
+
+@app.command()
+def diff(before: Annotated[Path, typer.Argument(metavar="BEFORE", help="An artifact.")],
+         after: Annotated[Path, typer.Argument(metavar="AFTER", help="An artifact.")],
+         format: Annotated[Layout, typer.Option()] = Layout.TEXT) -> None:
+    """Show how two artifacts' graphs differ."""
+    from . import commands
+
+    raise typer.Exit(commands.diff(before, after, format.value))
