@@ -53,7 +53,7 @@ def capture(
         from .export_ import by_export
 
         try:
-            return by_export(model, example, inputs, name)
+            return by_export(model, example, inputs, name, copy_of(model))
         except UntraceableError as error:
             failed.append(("export", error))
     raise _refused(name, failed)

@@ -12,6 +12,7 @@ import torch
 
 _OURS = f"{Path(__file__).parent}{os.sep}"
 _TORCH = f"{Path(torch.__file__).parent}{os.sep}"
+_MODULES = f"{_TORCH}nn{os.sep}modules{os.sep}"
 _known: dict[str, bool] = {}
 
 
@@ -19,6 +20,11 @@ def _is_user(filename: str) -> bool:
     if filename not in _known:
         _known[filename] = not filename.startswith((_OURS, _TORCH, "<frozen")) and "importlib" not in filename
     return _known[filename]
+
+
+def is_model_code(filename: str) -> bool:
+    """Whether a file holds forwards of modules: the model's own, or those of `torch.nn`; not torch's machinery."""
+    return _is_user(filename) or (filename.startswith(_MODULES) and not filename.endswith(f"{os.sep}module.py"))
 
 
 def line_of(filename: str, number: int) -> str:
@@ -50,3 +56,14 @@ def stack_line(stack_trace: str | None) -> str:
         if _is_user(match["file"]):
             return line_of(match["file"], int(match["line"]))
     return ""
+
+
+def innermost(error: BaseException) -> str:
+    """The last line outside torch that `error` came through; empty if there is none."""
+    place, traceback = "", error.__traceback__
+    while traceback is not None:
+        filename = traceback.tb_frame.f_code.co_filename
+        if _is_user(filename):
+            place = line_of(filename, traceback.tb_lineno)
+        traceback = traceback.tb_next
+    return place

@@ -35,9 +35,9 @@ class Fakes:
     """Makes and keeps fake tensors. `batches` holds the batch size of each probe: the example's and twice that, or the
     example's alone where the batch is fixed."""
 
-    def __init__(self, batches: tuple[int, ...], device: torch.device) -> None:
+    def __init__(self, batches: tuple[int, ...], device: torch.device, mode: FakeTensorMode | None = None) -> None:
         self.batches, self.device = batches, device
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
         self._made: dict[int, tuple[Tensor, Tensor]] = {}  # id of a real tensor -> (it, its fake)
 
     def of(self, tensor: Tensor) -> Tensor:

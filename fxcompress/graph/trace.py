@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from .dynamic import DynFloat, DynInt, UntraceableError
+from . import frames
+from .dynamic import UntraceableError
 from .modules import keeps_forward, leaf_of
 from .probe import Fakes
 from .recorder import BatchFixedError, Recorder
@@ -23,7 +25,6 @@ from .trace_errors import RAISED_BY_MODELS
 from .twins import Twins
 
 _orig_call = nn.Module.__call__
-_orig_getattr = nn.Module.__getattr__
 
 @dataclasses.dataclass
 class Traced:
@@ -100,10 +101,8 @@ class _Run:
     """The state of one run of the model: which modules there are, in which of them the code is."""
 
     recorder: Recorder
-    mode: bool
     paths: Mapping[nn.Module, str]
     twins: Twins
-    reads_training: bool = False
     executing: bool = False  # a leaf module runs on fakes: torch's own code, not the model's
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -118,7 +117,7 @@ class _Run:
         rec, outer = self.recorder, self.recorder.path
         rec.path = path
         try:
-            if is_leaf(module):
+            if path and is_leaf(module):
                 return self._leaf(module, path, args, kwargs)
             with self.twins.inside(path, module):
                 return _orig_call(module, *args, **kwargs)
@@ -132,13 +131,6 @@ class _Run:
                 return self.recorder.emit_module(path, args, kwargs, module)
         finally:
             self.executing = False
-
-    def attribute(self, module: nn.Module, name: str) -> Any:
-        """`module.<name>` where `name` is no plain attribute: parameters, children, and `training`, which was hidden."""
-        if name == "training":
-            self.reads_training = self.reads_training or not self.executing
-            return self.mode
-        return _orig_getattr(module, name)
 
 
 def leaf_kind(module: nn.Module) -> str:
@@ -164,18 +156,42 @@ def drop_rate(module: nn.Module) -> float:
 
 
 @contextlib.contextmanager
-def _patched(run: _Run, model: nn.Module) -> Iterator[None]:
-    """While it lasts, module calls and reads of `training` come to `run`. The model's modes are restored."""
-    modes = {module: module.__dict__.pop("training") for module in model.modules() if "training" in module.__dict__}
+def watched_modes(training: bool, executing: Callable[[], bool] = lambda: False) -> Iterator[list[str]]:
+    """While it lasts, every module is in the mode `training`, and the list that is given tells which classes of module asked
+    for it, apart from leaf modules."""
+    reads: list[str] = []
+
+    def read(module: nn.Module) -> bool:
+        if not executing() and frames.is_model_code(sys._getframe(1).f_code.co_filename) and not leaf_kind(module):
+            reads.append(type(module).__name__)
+        return training
+
+    def write(module: nn.Module, value: bool) -> None:
+        module.__dict__["training"] = value
+
+    nn.Module.training = property(read, write)  # type: ignore[assignment]
+    try:
+        yield reads
+    finally:
+        del nn.Module.training
+
+
+@contextlib.contextmanager
+def _calls_to(run: _Run) -> Iterator[None]:
+    """While it lasts, module calls come to `run`."""
     nn.Module.__call__ = lambda module, *args, **kwargs: run.call(module, args, kwargs)  # type: ignore[method-assign]
-    nn.Module.__getattr__ = lambda module, name: run.attribute(module, name)  # type: ignore[method-assign]
     try:
         yield
     finally:
         nn.Module.__call__ = _orig_call  # type: ignore[method-assign]
-        nn.Module.__getattr__ = _orig_getattr  # type: ignore[method-assign]
-        for module, mode in modes.items():
-            module.__dict__["training"] = mode
+
+
+def state_names(model: nn.Module) -> dict[int, str]:
+    """The name of every parameter and buffer, by id; of a shared one the first."""
+    names: dict[int, str] = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        names.setdefault(id(tensor), name)
+    return names
 
 
 def trace(model: nn.Module, args: Mapping[str, Any], call: Callable[..., Any], fakes: Fakes, training: bool) -> Traced:
@@ -184,18 +200,15 @@ def trace(model: nn.Module, args: Mapping[str, Any], call: Callable[..., Any], f
     Raises UntraceableError, with the model's line, where its code does what a graph can't hold, BatchFixedError where
     it only works at the example's batch size.
     """
-    names: dict[int, str] = {}
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        names.setdefault(id(tensor), name)
-    recorder = Recorder(fx.Graph(), fakes, names, fakes.device)
+    recorder = Recorder(fx.Graph(), fakes, state_names(model), fakes.device)
     twins = Twins(recorder, training)
     recorder.twin = twins.match
-    run = _Run(recorder, training, {module: name for name, module in reversed(list(model.named_modules()))}, twins)
+    run = _Run(recorder, {module: name for name, module in reversed(list(model.named_modules()))}, twins)
     inputs = {name: recorder.input(name, example) for name, example in args.items()}
-    with _patched(run, model), torch.enable_grad(), _Mode(recorder):
+    with watched_modes(training, lambda: run.executing) as reads, _calls_to(run), torch.enable_grad(), _Mode(recorder):
         output = _run_traced(recorder, model, call, inputs)
-        recorder.graph.output(recorder.argument(plain(output, recorder)))
-    return Traced(recorder, twins.found, run.reads_training)
+        recorder.graph.output(recorder.argument(plain(output, recorder.notes)))
+    return Traced(recorder, twins.found, bool(reads))
 
 
 def _run_traced(recorder: Recorder, model: nn.Module, call: Callable[..., Any], inputs: Mapping[str, Any]) -> Any:
@@ -204,44 +217,32 @@ def _run_traced(recorder: Recorder, model: nn.Module, call: Callable[..., Any], 
     except (UntraceableError, BatchFixedError):
         raise
     except RAISED_BY_MODELS as error:
-        raise UntraceableError(f"{type(error).__name__}: {error}", innermost(error)) from error
+        raise UntraceableError(f"{type(error).__name__}: {error}", frames.innermost(error)) from error
 
 
-def innermost(error: BaseException) -> str:
-    """The last line of the model that `error` came through."""
-    from .frames import _is_user, line_of
-
-    place, traceback = "", error.__traceback__
-    while traceback is not None:
-        filename = traceback.tb_frame.f_code.co_filename
-        if _is_user(filename):
-            place = line_of(filename, traceback.tb_lineno)
-        traceback = traceback.tb_next
-    return place
-
-
-def plain(output: Any, recorder: Recorder) -> Any:
+def plain(output: Any, notes: list[str]) -> Any:
     """The model's output in plain containers: tuples and lists stay, named tuples become tuples, mappings and dataclasses
-    (the outputs of transformers) become dicts without their None entries. What no graph can hold is left out, with a note."""
-    if output is None or isinstance(output, Tensor | DynInt | DynFloat | bool | int | float | str):
+    (the outputs of transformers) become dicts without their None entries. What no graph can hold is left out, and `notes`
+    says so."""
+    if _fits(output):
         return output
     if isinstance(output, Mapping):
-        return {str(key): plain(value, recorder) for key, value in output.items() if value is not None and _holds(value, key, recorder)}
+        return {str(key): plain(value, notes) for key, value in output.items() if value is not None and _holds(value, key, notes)}
     if dataclasses.is_dataclass(output):
-        fields = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
-        return plain(fields, recorder)
+        return plain({field.name: getattr(output, field.name) for field in dataclasses.fields(output)}, notes)
     if isinstance(output, tuple | list):
-        items = [plain(value, recorder) for value in output if _holds(value, "an item", recorder)]
+        items = [plain(value, notes) for place, value in enumerate(output) if _holds(value, place, notes)]
         return items if isinstance(output, list) else tuple(items)
     raise UntraceableError(f"the model returns a {type(output).__name__}")
 
 
-def _holds(value: Any, key: Any, recorder: Recorder) -> bool:
+def _fits(value: Any) -> bool:
+    return value is None or isinstance(value, Tensor | torch.SymInt | torch.SymFloat | bool | int | float | str)
+
+
+def _holds(value: Any, key: Any, notes: list[str]) -> bool:
     """Whether a graph can return `value`; a note where it can't."""
-    fits = (value is None or isinstance(value, Tensor | DynInt | DynFloat | bool | int | float | str | Mapping | tuple | list)
-            or dataclasses.is_dataclass(value))
+    fits = _fits(value) or isinstance(value, Mapping | tuple | list) or dataclasses.is_dataclass(value)
     if not fits:
-        recorder.notes.append(f"the output `{key}` is a {type(value).__name__}, which a graph can't return: it is left out")
+        notes.append(f"the output `{key}` is a {type(value).__name__}, which a graph can't return: it is left out")
     return fits
-
-

@@ -48,7 +48,7 @@ class Twins:
             return None
         path, module = self._stack[-1]
         found = leaf_of(type(module))
-        if found is None or found[1].kind.rstrip("123d") != op.name.rstrip("123d") or path in self.found:
+        if not path or found is None or found[1].kind.rstrip("123d") != op.name.rstrip("123d") or path in self.found:
             return None
         family = op.name.rstrip("123d") if op.name.startswith("conv") else op.name
         if family not in _TENSORS or not self._equal(family, module, values):
