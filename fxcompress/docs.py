@@ -18,7 +18,7 @@ from .diagnostics import Diagnostic, PolicyError, nearest
 from .policy import schema
 from .policy.conditions import EXAMPLES, METRICS
 from .policy.convert import PARAMETER_TYPES
-from .policy.kinds import DTYPES, HELPERS, KINDS, PREDICATES, TARGETS
+from .policy.kinds import HELPERS, INPUT_DTYPES, KINDS, PREDICATES, TARGETS
 from .policy.tables import grammar_text
 from .policy.units import UNITS
 from .policy.values import RAMPS
@@ -171,7 +171,7 @@ NAME=VALUE`.
 
 {types}
 
-Element types of inputs: {', '.join(f'`{name}`' for name in DTYPES)}. Targets: {', '.join(f'`{name}`' for name in
+Element types of inputs: {', '.join(f'`{name}`' for name in INPUT_DTYPES)}. Targets: {', '.join(f'`{name}`' for name in
 TARGETS)}.
 """
 
@@ -273,10 +273,11 @@ def _verbs() -> str:
 
 def _grammar() -> str:
     rules = grammar_text().split("\n\n", 1)[1].split('\nUSE: "use"')[0].strip()
+    keywords = ", ".join(f"`{word}`" for word in KEYWORDS)
     return f"""
 ## Grammar
 
-LALR(1), in [Lark](https://lark-parser.readthedocs.io)'s notation. Keywords: {', '.join(f'`{word}`' for word in KEYWORDS)}.
+LALR(1), in [Lark](https://lark-parser.readthedocs.io)'s notation. Keywords: {keywords}.
 
 ```lark
 {rules}

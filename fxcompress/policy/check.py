@@ -11,8 +11,8 @@ from . import ast, model, selector
 from .actions import Context, check_action, find_verb, kinds_of
 from .conditions import read_budget, read_expect
 from .convert import PARAMETER_TYPES, Given, coerce, read_value
-from .kinds import DTYPES, KINDS, TARGETS
-from .library import Library, Preset
+from .kinds import INPUT_DTYPES, KINDS, TARGETS
+from .library import Library, Preset, identity
 from .parsing import parse_file
 from .phases import in_order, read_window
 from .places import check_places
@@ -78,7 +78,7 @@ class _Checker:
     # Files
 
     def file(self, file: ast.File) -> model.Policy | None:
-        library = Library(self.sink, {self.source.name: None})
+        library = Library(self.sink, {identity(self.source): None})
         for item in file.items:
             if isinstance(item, ast.Use):
                 for used in library.use(item, self.source):
@@ -220,10 +220,10 @@ class _Checker:
                 self.sink.error("FXC0104", f"the input `{item.name.text}` is declared twice", item.name.span, "again",
                                 secondary=(Label(found[item.name.text].span, "first here"),),
                                 help="keep one of the two")
-            if item.dtype.text not in DTYPES:
-                known = nearest(item.dtype.text, DTYPES, 1)
+            if item.dtype.text not in INPUT_DTYPES:
+                known = nearest(item.dtype.text, INPUT_DTYPES, 1)
                 self.sink.error("FXC0128", f"unknown element type `{item.dtype.text}`", item.dtype.span, "not a type",
-                                notes=(f"types: {', '.join(DTYPES)}",),
+                                notes=(f"types: {', '.join(INPUT_DTYPES)}",),
                                 help=f"did you mean `{known[0]}`?" if known else "write one of the types",
                                 fixes=(Fix(item.dtype.span, known[0]),) if known else ())
             dims = [dim.text if isinstance(dim, ast.Name) else dim.value for dim in item.dims]

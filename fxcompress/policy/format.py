@@ -272,6 +272,7 @@ def _spaced(tokens: Sequence[_Token], index: int, verb: int | None) -> bool:
     if right.text == "(" and left.kind == "name":
         return index - 1 == verb or left.text in KEYWORDS
     if left.text == "-":
-        return not (index == 1 or tokens[index - 2].text in ("(", "[", ",", *_OPERATORS)
-                    and tokens[index - 2].kind == "sign")
+        before = tokens[index - 2]
+        unary = index == 1 or (before.kind == "sign" and before.text in ("(", "[", ",", *_OPERATORS))
+        return not unary
     return True

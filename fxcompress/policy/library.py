@@ -14,6 +14,7 @@ from .parsing import parse_file
 from .words import quoted
 
 STD = "std/"
+MAX_DEEP = 32  # files that use each other
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,17 @@ def decode(data: bytes, name: str) -> Source:
                                       help="save the file as UTF-8")]) from error
 
 
+def identity(source: Source) -> str:
+    """One name for one file, by whatever path it was reached."""
+    return source.name if source.name.startswith(STD) else str(Path(source.name).resolve())
+
+
 @dataclass
 class Library:
-    """Reads used files, each once. `checked` turns the presets of a file into checked ones (it lives in `check`, which
-    knows verbs)."""
+    """Reads used files, each once. `seen` has their presets by resolved path, None while their own uses are followed."""
 
     sink: Sink
-    seen: dict[str, dict[str, ast.PresetDecl] | None] = field(default_factory=dict)  # None while its uses are followed
+    seen: dict[str, dict[str, ast.PresetDecl] | None] = field(default_factory=dict)
 
     def use(self, use: ast.Use, source: Source) -> list[ast.PresetDecl]:
         """The presets that a `use` statement of `source` brings in; errors go to the sink."""
@@ -86,10 +91,15 @@ class Library:
         loaded = self._load(use, source)
         if loaded is None:
             return None
-        if loaded.name not in self.seen:
-            self.seen[loaded.name] = None
-            self.seen[loaded.name] = self._presets(loaded)
-        found = self.seen[loaded.name]
+        key = identity(loaded)
+        if key not in self.seen:
+            if list(self.seen.values()).count(None) >= MAX_DEEP:
+                self.sink.error("FXC0008", f"files use each other more than {MAX_DEEP} deep", use.path.span, "one too many",
+                                help="use the last files from the policy itself")
+                return None
+            self.seen[key] = None
+            self.seen[key] = self._presets(loaded)
+        found = self.seen[key]
         if found is None:
             self.sink.error("FXC0120", f'"{use.path.value}" uses itself', use.path.span, "comes back to this file",
                             help="move the presets that both need into a third file")
