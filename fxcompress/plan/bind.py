@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from torch import fx
+
 from ..diagnostics import Label, PolicyError, Sink
 from ..graph.apply import carry_out, fitting
 from ..graph.captured import Captured
@@ -46,7 +48,6 @@ class Binder:
         self.sink, self.raises = (sink, False) if sink is not None else (Sink(), True)
         self.lets: dict[str, Bound] = {}
         self.names: dict[str, tuple[str, ...]] = {}
-        self.labels: dict[str, str] = {}  # of nodes that a `let` selects, by name: how messages call them
         self.broken: set[str] = set()
         self.fates: dict[str, str] = {}  # name of a node that is gone without a successor -> which action took it
         self._selecting: Selecting | None = None
@@ -91,7 +92,7 @@ class Binder:
         selection = action.selector.span.text if action.selector is not None else ""
         return Site(kept, action.what, action.span, phase.name, selection)
 
-    def _nodes(self, action: Action, optional: bool) -> tuple[object, ...] | None:
+    def _nodes(self, action: Action, optional: bool) -> tuple[fx.Node, ...] | None:
         selector = action.selector
         assert selector is not None
         before = len(self.sink.items)
@@ -124,7 +125,8 @@ class Binder:
         outcome = carry_out(self.captured, step.pass_, site)
         now = {node.name for node in self.captured.graph.nodes}
         where = f"`{step.action.verb} {site.selection}`, {step.action.span}"
-        self.fates.update({name: where for name in before - now if name not in self.captured.moved})
+        self.fates.update({name: where for name in before - now
+                           if not self.captured.nodes_named([name])})
         self.lets = {name: Bound(self.captured.nodes_named(names), self.policy.lets[name])
                      for name, names in self.names.items()}
         self._selecting = None

@@ -1,0 +1,84 @@
+"""`check --model`: every selector of a policy bound to a model, its inputs compared; all errors at once, nothing rewritten."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from ..diagnostics import Diagnostic, PolicyError, Sink, nearest
+from ..graph.captured import Captured
+from ..graph.predicates import DTYPES
+from ..graph.select import quoted
+from ..passbase import VERBS, Facet
+from ..policy import instantiate
+from ..policy.model import InputSpec, Policy
+from .bind import Binder, refs
+from .lower import ordered
+
+
+def check_model(policy: Policy, captured: Captured) -> list[Diagnostic]:
+    """What is wrong with `policy` for this model, everything at once: FXC02xx, and FXC0133 for parameters without a value.
+
+    Selectors in actions bind to the model as it is. Behind an action that changes the graph's layers (topology) they may
+    mean layers that aren't there yet: there, what selects nothing is left to `plan`.
+    """
+    try:
+        policy = instantiate(policy)
+    except PolicyError as error:
+        return list(error.diagnostics)
+    sink = Sink()
+    _check_inputs(policy, captured, sink)
+    binder = Binder(policy, captured, sink)
+    used: set[str] = set()
+    lenient = False
+    for phase, action in ordered(policy):
+        if action.selector is not None:
+            used.update(ref.name for ref in refs(action.selector))
+        binder.site(phase, action, lenient=lenient)
+        lenient = lenient or VERBS[action.verb].facet == Facet.TOPOLOGY
+    for expect in policy.expects:
+        if expect.argument is not None and expect.argument != "output":
+            used.update(ref.name for ref in refs(expect.argument))
+            if not any(ref.name in binder.broken for ref in refs(expect.argument)):
+                binder.selecting().select(expect.argument, lenient)
+    for name, selector in policy.lets.items():
+        if name not in used | _inner(policy) and name not in binder.broken:
+            binder.selecting().select(selector)
+    return sink.items
+
+
+def _inner(policy: Policy) -> set[str]:
+    """The `let`s that others use."""
+    return {ref.name for selector in policy.lets.values() for ref in refs(selector)}
+
+
+def _check_inputs(policy: Policy, captured: Captured, sink: Sink) -> None:
+    """Compare every `input` declaration with the model's input of that name."""
+    inputs = {str(node.target): node for node in captured.graph.nodes if node.op == "placeholder"}
+    for spec in policy.inputs:
+        node = inputs.get(spec.name)
+        if node is None:
+            near = nearest(spec.name, inputs)
+            sink.error("FXC0210", f"{captured.model_name or 'this model'} has no input `{spec.name}`", spec.span,
+                       notes=(f"its inputs are {', '.join(f'`{name}`' for name in inputs)}",),
+                       help=f"did you mean {quoted(near)}?" if near else f"declare {quoted(inputs)}")
+        else:
+            _check_input(spec, node, sink)
+
+
+def _check_input(spec: InputSpec, node: fx.Node, sink: Sink) -> None:
+    fact = node.meta["fxc"]
+    if not isinstance(fact.shape, tuple):
+        return
+    found = f"{DTYPES.get(str(fact.dtype), str(fact.dtype))}[{', '.join(map(str, fact.shape))}]"
+    wanted = f"{spec.dtype}[{', '.join(map(str, spec.shape))}]"
+    dynamic = fact.dynamic if isinstance(fact.dynamic, tuple) else ()
+    fits = len(spec.shape) == len(fact.shape) and all(
+        size == actual if isinstance(size, int) else True for size, actual in zip(spec.shape, fact.shape, strict=True))
+    named = [size for size, moves in zip(spec.shape, dynamic, strict=False) if isinstance(size, str) and not moves]
+    if DTYPES.get(str(fact.dtype)) != spec.dtype or not fits:
+        sink.error("FXC0210", f"input `{spec.name}` was declared {wanted}, and the example input is {found}", spec.span,
+                   help="give example inputs of the declared type and sizes, or change the declaration")
+    elif named:
+        sink.error("FXC0210", f"dimension `{named[0]}` of input `{spec.name}` does not vary in the captured graph",
+                   spec.span, notes=("only the batch, the first dimension, is dynamic",),
+                   help=f"write its size: {found}")
