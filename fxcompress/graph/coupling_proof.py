@@ -7,7 +7,7 @@ the layer that sums over them, or, for a product of two computed values, in one 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,16 +19,16 @@ from torch.utils._pytree import tree_flatten, tree_map
 from ..diagnostics import Diagnostic, RewriteError
 from .captured import Captured, Example
 from .coupling import Coupling
-from .coupling_edit import Kept
+from .coupling_edit import Kept, kept_of
 from .coupling_flow import Consumed
 
-TOLERANCE = 1e-4  # relative to the largest output, in float32
+TOLERANCE = 1e-4  # relative to the largest number of a value, in float32
 TOLERANCE_64 = 1e-9
 
 
 @dataclass(frozen=True)
 class Proof:
-    """The worst relative difference of two outputs, and the precision they were computed in."""
+    """The worst relative difference of two values of one node, and the precision they were computed in."""
 
     error: float
     dtype: torch.dtype
@@ -47,45 +47,92 @@ def prove(original: Captured, rewritten: Captured, coupling: Coupling, gone: Kep
     RewriteError (FXC0541) if the difference is real. Both models and their modes are left as they were.
     """
     example = example or original.example
-    proof = _compare(original, rewritten, coupling, gone, example, None)
+    proof = _compare(original, rewritten, coupling, gone, _inputs(original, example, None), None)
     if not proof.holds:
-        proof = _compare(original, rewritten, coupling, gone, example, torch.float64)
+        double = torch.float64
+        proof = _compare(original, rewritten, coupling, gone, _inputs(original, example, double), double)
     if not proof.holds:
         raise RewriteError([Diagnostic(
             "FXC0541", f"the model without these channels differs from the model with them zeroed by {proof.error:.2g}",
-            notes=("the difference is relative to the largest output, on the example inputs, in float64",
+            notes=("the difference is that of the worst value inside, relative to its largest number, in float64",
                    "nothing was changed"),
             help="this is a defect of a transfer rule: please report it with the model; until then leave the layers at "
                  "fault out of the selection")])
     return proof
 
 
-def _compare(original: Captured, rewritten: Captured, coupling: Coupling, gone: Kept, example: Example,
+def _compare(original: Captured, rewritten: Captured, coupling: Coupling, gone: Kept, inputs: list[Any],
              dtype: torch.dtype | None) -> Proof:
-    inputs = _inputs(original, example, dtype)
-    with torch.no_grad(), _precision(original.module, dtype), _evaluating(original.module):
-        expected = _zeroed(original.module, coupling, gone, inputs)
-    with torch.no_grad(), _precision(rewritten.module, dtype), _evaluating(rewritten.module):
-        found = fx.Interpreter(rewritten.module).run(*inputs)
-    return Proof(difference(expected, found), dtype or torch.float32)
+    """Run both node by node and compare every value they share, on the indices that are kept: what a later layer would
+    drown or an untrained one multiplies by zero shows where it arises."""
+    modules = (original.module, rewritten.module)
+    worst = 0.0
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        for module in modules:
+            stack.enter_context(_precision(module, dtype))
+            stack.enter_context(_evaluating(module))
+        masks = stack.enter_context(_zeroed(original.module, coupling, gone))
+        shared = {node.name for node in original.graph.nodes} & {node.name for node in rewritten.graph.nodes}
+        found = ((node.name, value) for node, value in _values(fx.Interpreter(rewritten.module), inputs)
+                 if node.name in shared)
+        for node, value in _values(_Masked(original.module, masks), inputs):
+            if node.name in shared:
+                name, other = next(found)
+                assert name == node.name, f"{name} and {node.name} are out of step"
+                labels = coupling.flow.values[node]
+                worst = max(worst, difference(value, other) if node.op == "output" else _kept(value, other, labels, gone))
+    return Proof(worst, dtype or torch.float32)
+
+
+def _values(run: fx.Interpreter, inputs: list[Any]) -> Iterator[tuple[fx.Node, Any]]:
+    """Every node with its value, each kept only as long as others need it."""
+    run.args_iter = iter(inputs)
+    for node in run.module.graph.nodes:  # type: ignore[union-attr]
+        run.env[node] = run.run_node(node)
+        yield node, run.env[node]
+        for dead in run.user_to_last_uses.get(node, ()):
+            del run.env[dead]
+
+
+def _kept(expected: Any, found: Any, labels: Any, gone: Kept) -> float:
+    """The difference of two values of one node, the first on the indices that the second has kept."""
+    if isinstance(labels, list) and isinstance(expected, tuple | list):
+        return max((_kept(a, b, part, gone) for a, b, part in zip(expected, found, labels, strict=True)), default=0.0)
+    if isinstance(labels, tuple) and isinstance(expected, Tensor):
+        for place, dim in enumerate(labels):
+            if dim is not None:
+                kept = kept_of(dim, gone)
+                if not kept.all():
+                    expected = expected.index_select(place, torch.from_numpy(np.flatnonzero(kept)).to(expected.device))
+    return difference(expected, found)
 
 
 def difference(expected: object, found: object) -> float:
-    """The largest difference of two nests of tensors, relative to the largest value expected in each."""
+    """The largest difference of two nests of tensors, relative to the largest finite value expected in each."""
     worst = 0.0
     one, two = tree_flatten(expected)[0], tree_flatten(found)[0]
     if len(one) != len(two):
         return float("inf")
     for a, b in zip(one, two, strict=True):
-        if not isinstance(a, Tensor) or not isinstance(b, Tensor):
-            continue
-        if a.shape != b.shape:
-            return float("inf")
-        if a.numel():
-            wanted, got = a.detach().double(), b.detach().double()
-            error = (wanted - got).abs().max() / wanted.abs().max().clamp(min=1e-12)
-            worst = max(worst, float(error.nan_to_num(nan=float("inf"), posinf=float("inf"))))
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            worst = max(worst, _apart(a.detach(), b.detach()) if a.shape == b.shape else float("inf"))
     return worst
+
+
+def _apart(a: Tensor, b: Tensor) -> float:
+    """Tensors of one shape; infinities and not-a-numbers have to stand in the same places. Numbers of other kinds than
+    floating-point ones are positions and decisions, which rounding may turn: they aren't compared."""
+    if not a.is_floating_point() or not a.numel():
+        return 0.0
+    finite = a.isfinite()
+    if not bool(finite.all()):
+        if not bool(((a == b) | (a.isnan() & b.isnan()) | finite).all()):
+            return float("inf")
+        a, b = a[finite], b[finite]
+    largest = float(a.abs().max()) if a.numel() else 0.0
+    error = float((a - b).abs().max()) if a.numel() else 0.0
+    return error / max(largest, 1e-30) if error == error else float("inf")
 
 
 def _inputs(captured: Captured, example: Example, dtype: torch.dtype | None) -> list[Any]:
@@ -148,8 +195,10 @@ class _Masked(fx.Interpreter):
         return result
 
 
-def _zeroed(module: fx.GraphModule, coupling: Coupling, gone: Kept, inputs: list[Any]) -> Any:
-    """The outputs of the original with its consumers' weights zeroed; the weights come back whole."""
+@contextmanager
+def _zeroed(module: fx.GraphModule, coupling: Coupling, gone: Kept) -> Iterator[list[tuple[Consumed, Tensor]]]:
+    """The consumers' weights zeroed in `module`, and afterwards the very same data as before; gives the operands that
+    have to be zeroed when they are read."""
     entries = [(entry, torch.from_numpy(np.flatnonzero((entry.labels >= 0) & gone[entry.labels])))
                for entry in coupling.flow.consumed]
     entries = [(entry, places) for entry, places in entries if len(places)]
@@ -161,8 +210,7 @@ def _zeroed(module: fx.GraphModule, coupling: Coupling, gone: Kept, inputs: list
             saved.append((tensor, tensor.data))
             tensor.data = tensor.data.index_fill(entry.dim, places.to(tensor.device), 0)
     try:
-        masks = [(entry, places) for entry, places in entries if isinstance(entry.target, fx.Node)]
-        return _Masked(module, masks).run(*inputs)
+        yield [(entry, places) for entry, places in entries if isinstance(entry.target, fx.Node)]
     finally:
         for tensor, data in reversed(saved):
             tensor.data = data

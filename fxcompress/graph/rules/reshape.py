@@ -141,7 +141,8 @@ def _choose(flow: Flow, labels: np.ndarray[Any, np.dtype[np.int64]], sizes: list
     last = len(sizes) - 1
     if not feeds_attention(flow.node):
         return _turned(flow, last, last - 1)
-    heads = last - 1 if last == 1 or sizes[last - 1] > 3 else last - 2
+    packed = last > 1 and sizes[last - 1] in (2, 3) and sizes[last - 2] > 3  # (heads, 3, width), else (3, heads, width)
+    heads = last - 2 if packed else last - 1
     chosen = heads if flow.split == "heads" else last
     flow.heads.append((labels, labels))
     return _turned(flow, chosen, last if chosen == heads else heads)
