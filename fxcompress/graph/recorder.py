@@ -47,11 +47,16 @@ class Held:
 
 @dataclass
 class Value:
-    """What the recorder knows of a tensor that the model holds: the node that computes it and its fakes, one a probe."""
+    """What the recorder knows of a tensor that the model holds: the node that computes it and its fakes, one a probe.
+
+    Tensors with the same `memory` share storage in the model. A part that was indexed out of another knows its `whole`.
+    """
 
     tensor: Tensor
     node: fx.Node
     fakes: tuple[Tensor, ...]
+    memory: int
+    whole: tuple[Tensor, Any] | None = None  # the tensor it is a part of, and the index
     stale: str = ""  # why it may not be read any more
 
 
@@ -72,7 +77,8 @@ class Recorder:
     locate: Callable[[], str] = frames.user_line
     _constant_ids: dict[int, tuple[Tensor, int, str]] = field(default_factory=dict)
     _sizes: dict[tuple[fx.Node, int], DynInt] = field(default_factory=dict)
-    _storages: dict[int, list[int]] = field(default_factory=dict)  # storage of a fake -> ids of the tensors on it
+    _sharers: dict[int, list[int]] = field(default_factory=dict)  # memory -> ids of the tensors on it
+    _memories: dict[int, int] = field(default_factory=dict)  # storage of a fake -> memory, where they differ
     _device: Held | None = None
 
     # -- what is known of values ----------------------------------------------------------------------------------
@@ -174,6 +180,8 @@ class Recorder:
         converted = converter(self, source, values) if converter is not None else values
         done = isinstance(converted, Done)
         result = converted.result if done else self.emit(source.op, tidy(source.op, converted, self))
+        if source.op.name == "getitem" and not done:
+            self._is_part(result, converted)
         return overwrite(self, base, result) if in_place and result is not base else result
 
     def alias(self, tensor: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -226,6 +234,14 @@ class Recorder:
             self.constants[name] = tensor.detach().clone().to(self.device)
         self._constant_ids[id(tensor)] = (tensor, tensor._version, name)
         return name
+
+    def _is_part(self, part: Any, values: Mapping[str, Any]) -> None:
+        """Remember what `part` was indexed out of, if it shares its memory."""
+        whole = self.values.get(id(values["input"]))
+        mine = self.values.get(id(part))
+        if whole is not None and mine is not None and mine.memory == whole.memory:
+            index = values["index"]
+            mine.whole = (whole.tensor, index if isinstance(index, tuple) else (index,))
 
     def _raw(self, function: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Record an operator outside the table. One that works in place gets a copy to work on."""
@@ -311,21 +327,21 @@ class Recorder:
     def _keep(self, node: fx.Node, tensor: Tensor, fakes: tuple[Tensor, ...]) -> Value:
         if node not in self.results:
             self._describe(node, fakes)
-        value = Value(tensor, node, fakes)
-        self.values[id(tensor)] = value
-        self._storages.setdefault(fakes[0].untyped_storage()._cdata, []).append(id(tensor))
+        storage = fakes[0].untyped_storage()._cdata
+        value = self.values[id(tensor)] = Value(tensor, node, fakes, self._memories.get(storage, storage))
+        self._sharers.setdefault(value.memory, []).append(id(tensor))
         return value
 
-    def shadow(self, value: Value, reason: str) -> None:
-        """Mark every other tensor on the memory of `value` as unreadable for `reason`: it was written."""
-        for other in self._storages.get(value.fakes[0].untyped_storage()._cdata, []):
-            if self.values[other] is not value:
-                self.values[other].stale = reason
-
-    def rebind(self, tensor: Tensor, new: Value) -> None:
-        """Let `tensor` stand for the value of `new`."""
-        self.values[id(tensor)] = Value(tensor, new.node, new.fakes)
-        self._storages.setdefault(new.fakes[0].untyped_storage()._cdata, []).append(id(tensor))
+    def rebind(self, tensors: list[Tensor], news: list[Value], reason: str) -> None:
+        """Let `tensors`, parts of one memory, stand for the values `news`; nothing else on that memory can be read any more,
+        for `reason`."""
+        memory = self.values[id(tensors[0])].memory
+        for other in self._sharers[memory]:
+            self.values[other].stale = reason
+        for tensor, new in zip(tensors, news, strict=True):
+            old = self.values[id(tensor)]
+            self.values[id(tensor)] = Value(tensor, new.node, new.fakes, memory, old.whole)
+            self._memories[new.fakes[0].untyped_storage()._cdata] = memory
 
     def input(self, name: str, example: Any) -> Any:
         """Append the placeholder `name` and give what the model gets for it. Numbers and the like are constants: the

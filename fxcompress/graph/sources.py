@@ -23,7 +23,8 @@ _DROPPED: Mapping[str, tuple[object, ...] | None] = {
     "stable": None,
 }
 _SYNONYMS = {"axis": "dim", "keepdims": "keepdim", "train": "training", "split_size": "split_size_or_sections",
-             "split_sizes": "split_size_or_sections", "unbiased": "correction", "ndim": "dim"}
+             "split_sizes": "split_size_or_sections", "indices_or_sections": "split_size_or_sections",
+             "sections": "split_size_or_sections", "indices": "split_size_or_sections", "unbiased": "correction", "ndim": "dim"}
 
 
 @dataclass(frozen=True)

@@ -13,26 +13,34 @@ if TYPE_CHECKING:
 
 
 def overwrite(rec: Recorder, base: Tensor, result: Any) -> Tensor:
-    """Let `base` stand for `result` from here on. Other views of its memory can't be read any more after that: their
-    new content isn't known here (`torch.export` knows it; see `export_.py`)."""
+    """Let `base` stand for `result` from here on, and what it is a part of for the whole with that part written.
+
+    Other views of the memory can't be read any more after that: their new content isn't known here (`torch.export` knows
+    it; see `export_.py`).
+    """
     old = rec.value(base)
-    name = rec.names.get(id(base))
-    if not isinstance(result, Tensor) or result.dtype != old.fakes[0].dtype:
+    if not isinstance(result, Tensor) or rec.dtype_of(result) != old.fakes[0].dtype:
         result = rec.call("to", result, dtype=old.fakes[0].dtype)
-    new = rec.value(result)
-    rec.shadow(old, f"a view of a tensor is read after that tensor was written in place ({rec.source()})")
-    if new.fakes[0].shape != base.shape:  # unsqueeze_ and its like change the tensor that the model holds
-        fake = new.fakes[0]
-        base.as_strided_(fake.shape, fake.stride(), fake.storage_offset())
-    rec.rebind(base, new)
-    if name is not None:
-        write_state(rec, name, new.node)
+    tensors, results, whole = [base], [result], old.whole
+    while whole is not None:
+        tensor, index = whole
+        results.append(with_item(rec, tensor, index, results[-1]))
+        tensors.append(tensor)
+        whole = rec.value(tensor).whole
+    news = [rec.value(value) for value in results]
+    rec.rebind(tensors, news, f"a view of a tensor is read after that tensor was written in place ({rec.source()})")
+    for tensor, new in zip(tensors, news, strict=True):
+        if id(tensor) in rec.names:
+            write_state(rec, rec.names[id(tensor)])
+        if new.fakes[0].shape != tensor.shape:  # unsqueeze_ and its like change the tensor that the model holds
+            fake = new.fakes[0]
+            tensor.as_strided_(fake.shape, fake.stride(), fake.storage_offset())
     return base
 
 
-def write_state(rec: Recorder, name: str, node: torch.fx.Node) -> None:
-    """A buffer of the model gets a new value. The count of batches that norms keep is the norm module's affair; any
-    other buffer is written by the graph too."""
+def write_state(rec: Recorder, name: str) -> None:
+    """A buffer of the model gets a new value. A graph has no place for that, but for the count of batches that norms keep,
+    which is the norm module's affair."""
     if name.endswith("num_batches_tracked"):
         return
     rec.refuse(f"the model writes its buffer `{name}` while it runs")
@@ -40,12 +48,18 @@ def write_state(rec: Recorder, name: str, node: torch.fx.Node) -> None:
 
 def set_item(rec: Recorder, base: Tensor, index: Any, value: Any) -> None:
     """`base[index] = value`, as scatters along the dimensions of `index`."""
-    overwrite(rec, base, _with_item(rec, base, index if isinstance(index, tuple) else (index,), value))
+    index = index if isinstance(index, tuple) else (index,)
+    part = rec.values.get(id(value))
+    basic = not any(isinstance(item, Tensor) for item in index)
+    if basic and part is not None and part.whole is not None and part.whole[0] is base and part.whole[1] == index:
+        return  # `base[index] += y` writes the part in place, and then puts it where it is
+    overwrite(rec, base, with_item(rec, base, index, value))
 
 
-def _with_item(rec: Recorder, base: Tensor, index: tuple[Any, ...], value: Any) -> Any:
+def with_item(rec: Recorder, base: Tensor, index: Any, value: Any) -> Any:
     """`base` with `value` at `index`."""
     rank = base.dim()
+    index = index if isinstance(index, tuple) else (index,)
     if any(isinstance(item, Tensor | list) for item in index):
         return _with_mask_or_points(rec, base, index, value)
     if Ellipsis in index:
@@ -80,7 +94,7 @@ def _filled(rec: Recorder, base: Tensor, value: Any) -> Any:
         value = rec.call("to", value, dtype=rec.dtype_of(base))
     if rec.fake(value).shape != rec.fake(base).shape:
         value = rec.call("expand", value, tuple(rec.shape_of(base)))
-    return value
+    return rec.alias(value, torch.clone)  # `base` and `value` go on in memories of their own
 
 
 def _with_mask_or_points(rec: Recorder, base: Tensor, index: tuple[Any, ...], value: Any) -> Any:
