@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from fxcompress.diagnostics import Diagnostic, Label, PlanError, PolicyError
 from fxcompress.passbase import Facet, Pass, param
@@ -133,7 +133,7 @@ class Mask(Pass):
         from fxcompress.passes.shared.masking import layout_of, parameter_of, why_not
 
         path = path_of(node)
-        without = f'leave it out: `mask {site.selection or "..."} - "{path}"`'
+        without = f'leave it out: `mask {_less(site.selection, path)}`'
         why = why_not(graph, node, name)
         if why is not None:
             return Diagnostic("FXC0510", f"`{path}` can't be masked: {why}", _place(site), help=without)
@@ -180,7 +180,8 @@ class Mask(Pass):
         after = self._amount()
         if self.scope == "global":
             after = percent(target.mask().masked() / target.mask().mask.numel()) if done else UNKNOWN_WEIGHTS
-        return Change(target.path, target.kind, f"sparsity of {target.name}", target.before, after, "selected")
+        what = "sparsity of bias" if target.name.endswith("bias") else "sparsity"
+        return Change(target.path, target.kind, what, target.before, after, "selected")
 
     def _amount(self) -> str:
         """The sparsity as plan and provenance show it: `60%`, `0% -> 60% cubic`, `50% 2:4`."""
@@ -192,13 +193,21 @@ class Mask(Pass):
     def _scheduled(self, site: Site, write: Callable[[float], bool], done: bool) -> tuple[Scheduled, ...]:
         from fxcompress.graph.site import Scheduled
 
-        return (Scheduled(f"sparsity of {site.selection or 'the selection'}", self.target, write, self.every,
-                          None if self.rewind == "none" else self.rewind, done),)
+        rewind: Literal["initial"] | Duration | None = "initial" if self.rewind == "initial" else None
+        rewind = self.rewind if isinstance(self.rewind, Duration) else rewind
+        name = f"sparsity of {site.selection or 'the selection'}"
+        return (Scheduled(name, self.target, write, self.every, rewind, done),)
 
 
 def percent(share: float) -> str:
     """`0.6` as `60%`."""
     return f"{100 * share:.4g}%"
+
+
+def _less(selection: str, path: str) -> str:
+    """The text of `selection` without the layer at `path`."""
+    whole = f"({selection})" if " " in selection else selection or "..."
+    return f'{whole} - "{path}"'
 
 
 def _place(site: Site) -> Label | None:

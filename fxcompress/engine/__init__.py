@@ -1,1 +1,6 @@
-"""Carrying out a plan: phases and ramps while training goes on, and finalize."""
+"""Running a plan: phases and ramps in training, finished models. `docs/design.md` has the way of the data."""
+
+from .result import Result
+from .run import compile
+
+__all__ = ["Result", "compile"]

@@ -35,6 +35,7 @@ class Mask(nn.Module):
 
     def __init__(self, shape: Sequence[int], evidence: Evidence = "none", *, device: torch.device | None = None,
                  dtype: torch.dtype | None = None) -> None:
+        """A mask that keeps everything."""
         super().__init__()
         self.collects: Evidence = evidence
         kept = evidence != "none"
@@ -47,7 +48,7 @@ class Mask(nn.Module):
         """`weight` with the masked entries at zero, of the same shape and dtype."""
         masked = weight * self.mask
         if self.evidence is not None and masked.requires_grad:
-            masked.register_hook(partial(self.collect, weight.detach()))
+            masked.register_hook(partial(self.collect, weight.detach()))  # type: ignore[no-untyped-call]
         return masked
 
     def collect(self, weight: Tensor, gradient: Tensor) -> None:

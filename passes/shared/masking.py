@@ -128,9 +128,9 @@ def mask_calls(captured: Captured) -> list[fx.Node]:
     return [node for node in captured.module.graph.nodes if kind_of(node) == "mask"]
 
 
-def remove_masks(captured: Captured, *, fold: bool) -> None:
-    """Take every mask off and make its layers modules again. With `fold`, masked weights become zero, else they keep
-    the values they had."""
+def remove_masks(captured: Captured, *, fold: bool) -> list[fx.Node]:
+    """Take every mask off and make its layers modules again; returns the layers. With `fold`, masked weights become
+    zero, else they keep the values they had."""
     module, graph = captured.module, captured.module.graph
     layers: dict[fx.Node, None] = {}
     for call in mask_calls(captured):
@@ -146,6 +146,7 @@ def remove_masks(captured: Captured, *, fold: bool) -> None:
     for layer in layers:
         if kind_of(layer) in EXPOSABLE:
             absorb(captured, layer)
+    return list(layers)
 
 
 def _fold(parameter: Tensor, mask: Tensor) -> None:

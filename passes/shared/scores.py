@@ -36,7 +36,8 @@ class Score:
         """The importance over `dims`, which are kept at size 1."""
         if self.norm is None:
             return elements.sum(tuple(dims), keepdim=True)
-        return torch.linalg.vector_norm(elements, ord=self.norm, dim=tuple(dims), keepdim=True)
+        norms: Tensor = torch.linalg.vector_norm(elements, ord=self.norm, dim=tuple(dims), keepdim=True)
+        return norms
 
     def per_weight(self, score: Tensor, size: int) -> Tensor:
         """Scores of units of `size` weights made comparable with those of another size (means instead of sums)."""
@@ -49,7 +50,8 @@ class RandomScore(Score):
 
     def elements(self, weight: Tensor, evidence: Tensor | None, generator: torch.Generator) -> Tensor:
         """Minus uniform numbers, drawn on the CPU so that every device masks the same."""
-        return -torch.rand(weight.shape, generator=generator, dtype=weight.dtype).to(weight.device)
+        drawn: Tensor = torch.rand(weight.shape, generator=generator, dtype=weight.dtype)
+        return drawn.to(weight.device).neg()
 
     def per_weight(self, score: Tensor, size: int) -> Tensor:
         """Sums of `size` draws, brought to one mean and variance."""

@@ -73,18 +73,18 @@ class Ranking:
         device = scores[0].device
         ranking = torch.cat([score.to(device) for score in scores])
         drop = self._lowest(ranking, _count(ranking, [score.numel() for score in scores], sizes, part))
-        return [piece.to(score.device)
-                for piece, score in zip(drop.split([score.numel() for score in scores]), scores, strict=True)]
+        pieces = torch.split(drop, [score.numel() for score in scores])
+        return [piece.to(score.device) for piece, score in zip(pieces, scores, strict=True)]
 
     def _lowest(self, scores: Tensor, count: int) -> Tensor:
         """The `count` lowest, boolean. Ties are broken as in `torch.nn.utils.prune`: it looks for the lowest weights,
         but for the highest rows and columns."""
         if self.units.inner:
             drop = torch.ones_like(scores, dtype=torch.bool)
-            drop[scores.topk(scores.numel() - count).indices] = False
+            drop[scores.topk(scores.numel() - count, sorted=False).indices] = False
         else:
             drop = torch.zeros_like(scores, dtype=torch.bool)
-            drop[scores.topk(count, largest=False).indices] = True
+            drop[scores.topk(count, largest=False, sorted=False).indices] = True
         return drop
 
     def _write(self, target: Target, cube: Tensor, drop: Tensor) -> None:

@@ -144,7 +144,7 @@ class Groups(Units):
 
     def _pattern(self, split: Tensor) -> Tensor:
         """True at the n highest of each group."""
-        best = split.topk(self.n, dim=2).indices
+        best = split.topk(self.n, dim=2, sorted=False).indices
         return torch.zeros_like(split, dtype=torch.bool).scatter_(2, best, True)
 
     def reduce(self, cube: Tensor, how: Callable[[Tensor, tuple[int, ...]], Tensor]) -> Tensor:

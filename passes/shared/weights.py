@@ -7,7 +7,7 @@ holder of its parameters, so `state_dict` keys don't change.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import fx, nn
 
@@ -86,7 +86,8 @@ def _to_function(captured: Captured, node: fx.Node) -> None:
 
 def _pad(graph: fx.Graph, module: nn.Module, data: Any, path: str) -> fx.Node:
     """The padding that a convolution of another `padding_mode` does first."""
-    call = {"input": data, "pad": tuple(module._reversed_padding_repeated_twice), "mode": module.padding_mode}
+    amounts = tuple(cast(list[int], module._reversed_padding_repeated_twice))
+    call = {"input": data, "pad": amounts, "mode": module.padding_mode}
     args, kwargs = OPS["pad"].normal(call)
     node = graph.call_function(OPS["pad"].target, args, kwargs)
     node.meta["path"] = path

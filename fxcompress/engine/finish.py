@@ -1,0 +1,99 @@
+"""What is left when training is over: masks folded into the weights, expectations measured, budgets judged again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..diagnostics import Diagnostic, PlanError, Sink
+from ..graph.captured import Captured, Example, Origin
+from ..graph.provenance import origins_of
+from ..graph.select import Bound
+from ..graph.verify import Before, verify
+from ..passes.shared.masking import remove_masks
+from ..plan.budgets import judge
+from ..plan.build import totals_of
+from ..plan.model import Totals
+from ..policy.model import Policy
+from .measure import Baseline, Measured, Measuring, failure, latency
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A result, and what was measured on it."""
+
+    captured: Captured
+    totals: Totals
+    measured: tuple[Measured, ...]
+
+
+def take_masks_off(captured: Captured, *, fold: bool) -> None:
+    """Remove every mask from `captured`, in place and verified: into the weights (`fold`), or leaving them dense."""
+    before = Before.of(captured)
+    for node in remove_masks(captured, fold=fold):
+        origin = Origin("finalize" if fold else "lift", "python", f"result.{'finalize' if fold else 'lift'}()", "(end)",
+                        "the mask became zeros in the weight" if fold else "the mask was taken off")
+        node.meta["origins"] = (*origins_of(node), origin)
+    captured.refresh()
+    verify(captured, before)
+
+
+def finish(captured: Captured, policy: Policy, baseline: Baseline, lets: Mapping[str, Bound], target: str) -> Finished:
+    """A copy of `captured` for `target` with nothing left of training, in evaluation mode.
+
+    Raises PlanError: FXC0530 for expectations that don't hold, FXC0320 and FXC0531 for budgets that aren't met.
+    """
+    final = captured.copy()
+    take_masks_off(final, fold=True)
+    final.module.zero_grad(set_to_none=True)
+    final.module.eval()
+    final = replace(final, module=final.module.to(target), example=_moved(final.example, target))
+    sink = Sink()
+    totals = totals_of(final)
+    _judge_budgets(policy, baseline, totals, final, sink)
+    measuring = Measuring(final, baseline, lets)
+    measured = tuple(measuring.measure(expect) for expect in policy.expects)
+    sink.items += [failure(expect, found) for expect, found in zip(policy.expects, measured, strict=True)
+                   if not found.holds]
+    sink.raise_if_errors(PlanError)
+    return Finished(final, totals, measured)
+
+
+def device_for(target: str) -> str:
+    """The torch device of `target`. Raises PlanError (FXC0527) where this machine has none, or for another word."""
+    if target == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if target not in ("cpu", "cuda"):
+        raise PlanError([Diagnostic("FXC0527", f"unknown target `{target}`", help="use `cpu`, `cuda` or `auto`")])
+    if target == "cuda" and not torch.cuda.is_available():
+        raise PlanError([Diagnostic("FXC0527", "the target is `cuda`, but torch sees no GPU here",
+                                    help='finalize on a machine with one, or `finalize(target="cpu")`')])
+    return target
+
+
+def _moved(example: Example, device: str) -> Example:
+    def move(value: object) -> object:
+        if isinstance(value, tuple | list):
+            return type(value)(move(item) for item in value)
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    return Example(tuple(map(move, example.args)), {name: move(value) for name, value in example.kwargs.items()})
+
+
+def _judge_budgets(policy: Policy, baseline: Baseline, totals: Totals, final: Captured, sink: Sink) -> None:
+    """Budgets once more, now that sizes which depended on weights are known and time can be measured."""
+    for budget in policy.budgets:
+        if budget.metric == "latency":
+            limit = budget.limit * baseline.latency if budget.relative else budget.limit
+            found = latency(final.module, final.example)
+            if not (found <= limit if budget.op == "<=" else found < limit):
+                sink.error("FXC0531", f"the budget is not met: one forward takes {1e3 * found:.3g} ms", budget.span,
+                           f"the limit is {1e3 * limit:.3g} ms", help="remove more, or allow more time; `finalize` "
+                           "measures the example batch on this machine, with torch's number of threads")
+            continue
+        refusal = judge(budget, baseline.totals, totals)[1]
+        if refusal is not None:
+            sink.items.append(replace(refusal, help="remove more, or raise the budget"))

@@ -1,0 +1,203 @@
+"""`Result`: a compressed model in training. Its module stays one object from `compile` to `finalize`."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from torch import fx
+from torch.optim import Optimizer
+
+from ..diagnostics import Diagnostic, Label, PlanError
+from ..graph.captured import Captured
+from ..passbase import Facet
+from ..plan import Plan, policy_hash
+from ..policy.model import Policy
+from ..policy.phases import show_window
+from ..policy.values import Duration, Ramp
+from .clock import Clock
+from .execute import Executor
+from .finish import device_for, finish, take_masks_off
+from .follow import Followers
+from .measure import Baseline
+from .report import report, table
+from .rewind import INITIAL, Snapshots, rewind_times
+from .schedule import Schedule
+from .training import Training
+
+FORMAT = 1  # of `state_dict`
+
+
+class Result:
+    """What `compile` gives. Train `module` with any loop; call `step()` after each training step and `epoch_end()`
+    after each epoch, then `finalize()`.
+
+    * `module`: the rewritten `torch.fx.GraphModule`; later phases rewrite it in place, and its parameters stay
+      the same objects, so that an optimizer made from `module.parameters()` stays valid
+    * `plan`, `policy`: what is carried out
+    * `captured`: the graph with its facts and provenance
+    * `notes`, `warnings`: what the passes had to say; what was asked for and not reached
+    """
+
+    def __init__(self, policy: Policy, plan: Plan, captured: Captured, clock: Clock, seed: int) -> None:
+        """Carries out at once what begins at time zero. Use `compile`."""
+        self.policy, self.plan, self.captured, self.clock = policy, plan, captured, clock
+        self.warnings: list[Diagnostic] = []
+        self._notes = _timing_notes(policy, clock)
+        self._baseline = Baseline.of(captured, policy)
+        values = (action.values.get("rewind") for phase in policy.phases for action in phase.actions)
+        self._snapshots = Snapshots(captured.module, rewind_times(values))
+        self._snapshots.take(INITIAL)
+        self._followers = Followers(captured.module)
+        self._executor = Executor(policy, plan, captured, snapshots=self._snapshots, followers=self._followers,
+                                  seed=seed)
+        self._training = Training(policy.phases, clock, self._executor.begin, self._wrote)
+        self._snapshots.look(clock)
+        self._training.tick()
+        self._executor.careful = True
+
+    @property
+    def module(self) -> fx.GraphModule:
+        """The rewritten module, trainable."""
+        return self.captured.module
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the passes and the engine had to say, in order."""
+        return tuple(dict.fromkeys([*self.captured.notes, *self._notes, *self._executor.notes]))
+
+    @property
+    def done(self) -> bool:
+        """Whether every phase has ended, and every number has reached its end."""
+        return self._training.done
+
+    @property
+    def progress(self) -> dict[str, float]:
+        """How far each phase is, in [0, 1]."""
+        return {run.phase.name: run.progress(self.clock) for run in self._training.runs}
+
+    def step(self) -> None:
+        """One training step is done: move ramps, begin and end phases. Raises what the passes of a phase that begins
+        raise; the module is then as it was before the pass that failed."""
+        self.clock.advance()
+        self._tick()
+
+    def epoch_end(self) -> None:
+        """One epoch is done, after the last `step()` of it."""
+        self.clock.end_epoch()
+        self._tick()
+
+    def _tick(self) -> None:
+        self._snapshots.look(self.clock)
+        self._training.tick()
+
+    def follow(self, optimizer: Optimizer) -> Optimizer:
+        """Let the state of `optimizer` (momentum, second moments) follow when parameters are cut; returns it."""
+        if optimizer not in self._followers.optimizers:
+            self._followers.optimizers.append(optimizer)
+        return optimizer
+
+    def _wrote(self, schedule: Schedule) -> None:
+        """A number was written; lottery tickets go back to their early weights then."""
+        when = schedule.what.rewind
+        if when is None or not schedule.value or not self.clock.steps + self.clock.epochs:
+            return
+        if str(when) in self._snapshots.taken:
+            self.rewind(when)
+        else:
+            self._notes.append(f"not rewound at step {self.clock.steps}: the weights of {when} come later")
+
+    def rewind(self, to: str | Duration = INITIAL) -> None:
+        """Set all parameters to what they were at the start, or at a time that the policy names in `rewind`; masks
+        stay. The state of optimizers that follow begins anew. Running statistics of norms stay: training renews them.
+
+        Raises PlanError (FXC0526) for a time that was not kept.
+        """
+        if str(to) not in self._snapshots.taken:
+            kept = ", ".join(f"`{when}`" for when in self._snapshots.taken)
+            raise PlanError([Diagnostic("FXC0526", f"the weights of `{to}` weren't kept", notes=(f"kept: {kept}",),
+                                        help="name the time in the policy, `rewind = 2 epochs`, and pass it by")])
+        new = self._snapshots.back(to)
+        if new:
+            self._notes.append(f"not rewound, since they came later: {', '.join(new)}")
+        self._followers.forget()
+
+    def lift(self) -> fx.GraphModule:
+        """Take the masks off `module`, in place: every weight has its dense value again (as trained: a masked weight
+        gets no gradient from the loss, but weight decay moves it). Ramps of masks stop; phases that have not begun
+        still will."""
+        self._training.drop(lambda step: step.pass_.facet is Facet.MASK)
+        take_masks_off(self.captured, fold=False)
+        return self.module
+
+    def finalize(self, target: str | None = None) -> fx.GraphModule:
+        """A new GraphModule for `target` (that of the policy by default) with nothing left of training: masks are
+        zeros in the weights, `state_dict` has the model's keys, and it is in evaluation mode. `module` stays as it is.
+
+        A ramp that is short of its end is applied as far as it came; that is a warning (FXC0524), issued and kept in
+        `warnings`. Raises PlanError: FXC0523 for a phase that has not begun, FXC0527 for a target this machine has not,
+        FXC0530 for an `expect` that doesn't hold, FXC0320 and FXC0531 for a budget that isn't met.
+        """
+        unbegun = [Diagnostic(
+            "FXC0523", f"phase `{phase.name}` has not begun", Label(phase.span, "is still to come"),
+            notes=(f"{self.clock.steps} steps and {self.clock.epochs} epochs have been trained",),
+            help="train until `result.done`, calling `step()` and `epoch_end()`") for phase in self._training.unbegun()]
+        if unbegun:
+            raise PlanError(unbegun)
+        device = device_for(target or self.policy.target)
+        for found in map(_unreached, self._training.unreached()):
+            if found not in self.warnings:
+                self.warnings.append(found)
+                warnings.warn(found.message, stacklevel=2)
+        finished = finish(self.captured, self.policy, self._baseline, self._executor.first_lets, device)
+        module = finished.captured.module
+        module.meta["fxcompress"] = {
+            "policy": self.policy.source.text, "plan": json.loads(self.plan.to_json()),
+            "report": report(self, finished)}
+        return module
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the schedule stands, and weights kept for rewinding: with `module.state_dict()` and the optimizer's,
+        all that a checkpoint needs."""
+        return {"format": FORMAT, "policy": policy_hash(self.policy), **self._training.state(),
+                "snapshots": self._snapshots.state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a checkpoint, on a fresh result of the same policy and model: phases that had begun are carried out.
+        Load `module.state_dict()` after this, when the module has its shape.
+
+        Raises PlanError (FXC0525) for the state of another policy.
+        """
+        if state.get("format") != FORMAT or state.get("policy") != policy_hash(self.policy):
+            raise PlanError([Diagnostic(
+                "FXC0525", "this checkpoint belongs to another policy, or to other parameters of it",
+                help="compile the policy that it was saved with")])
+        self._training.load(state)
+        self._snapshots.load(state["snapshots"])
+
+    def _repr_html_(self) -> str:
+        return table(self)
+
+    def __repr__(self) -> str:
+        phases = ", ".join(f"{name} {100 * part:.0f}%" for name, part in self.progress.items())
+        return f"Result(policy {self.policy.name!r} on {self.captured.model_name}: {phases or 'no phases'})"
+
+
+def _timing_notes(policy: Policy, clock: Clock) -> list[str]:
+    """A note where a ramp stands still while the length of an epoch isn't known."""
+    return [f"phase `{phase.name}` runs over {show_window(phase.window)}, and how many steps an epoch has is learned "
+            "from the first: until then its ramps stand still; give `steps_per_epoch=` to move them"
+            for phase in policy.phases if phase.window is not None and phase.window.unit != "steps" and clock.learns
+            and any(isinstance(value, Ramp) for action in phase.actions for value in action.values.values())]
+
+
+def _unreached(schedule: Schedule) -> Diagnostic:
+    reached = "was never written" if schedule.value is None else f"stopped at {100 * schedule.value:.4g}%"
+    action, phase = schedule.step.action, schedule.step.phase
+    why = ("its weights have seen no gradients",) if schedule.waits else ()
+    return Diagnostic(
+        "FXC0524", f"the {schedule.what.name} {reached}, short of {100 * schedule.end:.4g}%", Label(action.span),
+        (Label(phase.span, "has not ended"),), why, "train until `result.done`, calling `step()` and `epoch_end()`",
+        severity="warning")

@@ -1,0 +1,53 @@
+"""`compile`: a policy carried out on a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from ..diagnostics import PlanError
+from ..graph import Captured, capture
+from ..plan import Plan, read_policy
+from ..plan.build import build
+from ..policy.model import Policy
+from .clock import Clock
+from .execute import carry_gradients
+from .result import Result
+from .timing import timing_problems
+
+
+def compile(policy: Policy | str | Path, model: nn.Module | Captured, example_inputs: Any = None,
+            teacher: nn.Module | None = None, params: Mapping[str, object] | None = None, *,
+            plan: Plan | None = None, epochs: float | None = None, steps_per_epoch: int | None = None,
+            optimizer: Optimizer | None = None, seed: int = 0) -> Result:
+    """Carry `policy` out on a copy of `model`: at once what begins at time zero, later phases as training reaches them.
+
+    * `policy`: a checked policy, a text (anything with a brace in it) or a path; `params` gives its parameters
+    * `example_inputs`: a tensor, a tuple, or a dict for keyword inputs; not needed for a model captured before
+    * `plan`: one made before, which must still fit policy and model
+    * `epochs`: the length of the training, for phases over a share of it
+    * `steps_per_epoch`: lets ramps over epochs move within the first epoch; it is learned otherwise
+    * `optimizer`: shorthand for `result.follow(optimizer)`; make it from `result.module.parameters()`
+    * `seed`: of everything that is drawn
+
+    Gradients that `model`'s parameters hold count as seen, for scores by gradient. Raises PolicyError, CaptureError,
+    PlanError (also FXC0520 to FXC0522: times that can't be had) and RewriteError, before anything is touched.
+    """
+    checked = read_policy(policy, params, teacher)
+    problems = timing_problems(checked, epochs)
+    if problems:
+        raise PlanError(problems)
+    captured = model.copy() if isinstance(model, Captured) else capture(model, example_inputs)
+    carry_gradients(model.module if isinstance(model, Captured) else model, captured.module)
+    if plan is None:
+        plan = build(checked, captured)
+    else:
+        plan.require(checked, captured)
+    result = Result(checked, plan, captured, Clock(steps_per_epoch=steps_per_epoch, total_epochs=epochs), seed)
+    if optimizer is not None:
+        result.follow(optimizer)
+    return result
