@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from .diagnostics import Diagnostic, PolicyError, nearest
 from .policy import schema
-from .policy.conditions import EXAMPLES, METRICS
+from .policy.conditions import METRICS
 from .policy.convert import PARAMETER_TYPES
 from .policy.kinds import HELPERS, INPUT_DTYPES, KINDS, PREDICATES, TARGETS
 from .policy.tables import grammar_text
@@ -241,9 +241,8 @@ def _figures() -> str:
     for name, metric in METRICS.items():
         argument = {"none": "", "optional": "(selector)", "selector": "(selector)",
                     "output": "(output)"}[metric.argument]
-        limit = EXAMPLES[metric.measure] if name not in ("count", "unchanged") else "19" if name == "count" else ""
         rows.append((f"`{name}{argument}`", "yes" if metric.budget else "", "yes" if metric.expect else "",
-                     f"`{limit}`{', `55% of dense`' if metric.relative else ''}" if limit else "", metric.doc))
+                     f"`{metric.example}`{', `55% of dense`' if metric.relative else ''}" if metric.example else "", metric.doc))
     return f"""
 ## Budgets and expectations
 

@@ -45,7 +45,7 @@ def check_source(source: Source, params: Mapping[str, object] | None = None) -> 
     parsed = parse_file(source)
     sink = Sink(list(parsed.diagnostics))
     check_places(parsed.file.items, "file", sink)
-    checker = _Checker(source, sink, dict(params or {}), parsed.broken_words, whole=not parsed.diagnostics)
+    checker = _Checker(source, sink, dict(params or {}), parsed.broken_words)
     policy = checker.file(parsed.file)
     return Checked(policy, _sorted(sink.items, source), parsed.file)
 
@@ -67,7 +67,6 @@ class _Checker:
     sink: Sink
     params: dict[str, object]
     broken: frozenset[str]
-    whole: bool  # no syntax errors
     declared: dict[str, tuple[str, Span]] = field(default_factory=dict)  # every name, what it is and where
     presets: dict[str, Preset] = field(default_factory=dict)
     scope: Scope = field(init=False)
@@ -283,8 +282,8 @@ class _Checker:
                         secondary=tuple(Label(lets[item].name.span) for item in path[1:]), help="write one of them out")
 
     def _unused(self) -> None:
-        """Warn of names that nothing uses, unless part of the text was not read."""
-        if not self.whole:
+        """Warn of names that nothing uses, once there are no errors: those may be why nothing does."""
+        if any(item.severity == "error" for item in self.sink.items):
             return
         for name, (what, span) in self.declared.items():
             if what in ("let", "parameter") and name not in self.scope.used and span.source is self.source:

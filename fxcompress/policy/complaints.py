@@ -15,6 +15,7 @@ from .build import ESCAPES, split_quantity
 from .words import BINARY, KEYWORDS, LOOKALIKES, MODIFIERS, STATEMENTS, TERMINALS, UNITS, VALUE_STARTS, listed, quoted
 
 STATEMENT_WORDS = frozenset({*STATEMENTS, *MODIFIERS})
+SPOILT = ("FXC0010", "FXC0012")  # what was read of the statement before these is not what was meant
 SIGNS = {"LPAR": ")", "LSQB": "]", "LBRACE": "}"}
 _ESCAPE = re.compile(r"\\(.)")
 
@@ -45,7 +46,7 @@ def unexpected(source: Source, token: Token, expected: set[str], previous: Token
     if opens and opens[-1].type in ("LPAR", "LSQB") and {"RPAR", "RSQB"} & expected:
         secondary = (Label(_span(source, opens[-1]), "opened here"),)
     return Diagnostic("FXC0004", f"expected {_wanted(expected)}, found {_shown(token)}",
-                      Label(_span(source, token), "not expected here"), secondary, help=_hint(token, expected))
+                      Label(_span(source, token), "not expected here"), secondary, help=_hint(token, expected, opens))
 
 
 def _wanted(expected: set[str]) -> str:
@@ -67,10 +68,14 @@ def _wanted(expected: set[str]) -> str:
     return listed(words or ["nothing"])
 
 
-def _hint(token: Token, expected: set[str]) -> str | None:
+def _hint(token: Token, expected: set[str], opens: Sequence[Token]) -> str:
     if "_NL" in expected and "USE" not in expected and token.type not in ("_NL", "$END"):
         return "begin a new statement on a new line"
-    return None
+    if opens and opens[-1].type != "LBRACE" and {"RPAR", "RSQB"} & expected:
+        return f"close it with `{SIGNS[opens[-1].type]}`"
+    if "USE" in expected:
+        return "a statement begins with a keyword or a verb, a setting with its name: `key = value`"
+    return f"write {_wanted(expected)} here"
 
 
 def _missing_value(source: Source, token: Token, _expected: set[str], previous: Token | None,
@@ -169,6 +174,13 @@ def unterminated(source: Source, start: int, end: int) -> Diagnostic:
     """A text that does not end on its line."""
     return Diagnostic("FXC0002", 'this text has no closing `"`', Label(Span(source, start, end), "begins here"),
                       help='end it with `"` on the same line; a `"` inside it is written `\\"`')
+
+
+def wrong_quotes(source: Source, start: int, end: int) -> Diagnostic:
+    """A text in quotes of another kind; it is read as if they were ours."""
+    span, fix = Span(source, start, end), f'"{source.text[start + 1:end - 1]}"'
+    return Diagnostic("FXC0003", 'texts stand in `"`', Label(span, "in quotes of another kind"), help=f"write `{fix}`",
+                      fixes=(Fix(span, fix),))
 
 
 def strange(source: Source, start: int, end: int) -> Diagnostic:

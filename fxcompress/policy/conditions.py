@@ -26,20 +26,21 @@ class Metric:
     budget: bool
     expect: bool
     doc: str
+    example: str  # a limit of it
 
 
 METRICS: Mapping[str, Metric] = {
-    "macs": Metric("count", True, "none", True, True, "multiply-accumulates of one sample"),
-    "params": Metric("count", True, "none", True, True, "parameters"),
-    "size": Metric("bytes", True, "none", True, True, "bytes of the weights as they are stored"),
-    "latency": Metric("seconds", True, "none", True, False, "time of one forward on the target"),
-    "sparsity": Metric("percent", False, "optional", False, True, "share of zero weights, of all or of a selection"),
-    "count": Metric("count", False, "selector", False, True, "number of operators selected"),
+    "macs": Metric("count", True, "none", True, True, "multiply-accumulates of one sample", "300M"),
+    "params": Metric("count", True, "none", True, True, "parameters", "1.5M"),
+    "size": Metric("bytes", True, "none", True, True, "bytes of the weights as they are stored", "6 MiB"),
+    "latency": Metric("seconds", True, "none", True, False, "time of one forward on the target", "3 ms"),
+    "sparsity": Metric("percent", False, "optional", False, True, "share of zero weights, of all or of a selection",
+                       "50%"),
+    "count": Metric("count", False, "selector", False, True, "number of operators selected", "19"),
     "drift": Metric("percent", False, "output", False, True,
-                    "relative distance of the output from the dense model's on the example inputs"),
-    "unchanged": Metric("count", False, "selector", False, True, "whether the weights selected are what they were"),
+                    "relative distance of the output from the dense model's on the example inputs", "5%"),
+    "unchanged": Metric("count", False, "selector", False, True, "whether the weights selected are what they were", ""),
 }
-EXAMPLES: Mapping[Measure, str] = {"count": "1.5M", "bytes": "6 MiB", "seconds": "3 ms", "percent": "5%"}
 
 
 def read_budget(budget: ast.Budget, scope: Scope) -> model.Budget | None:
@@ -87,8 +88,8 @@ def read_expect(expect: ast.Expect, scope: Scope) -> model.Expect | None:
         return None if given is _WRONG else model.Expect(name.text, _given(given), None, None, expect.span, why)
     if not isinstance(condition, ast.Compare) or condition.operator.text == "~":
         place = condition.operator.span if isinstance(condition, ast.Compare) else condition.span
-        scope.sink.error("FXC0131", f"`{name.text}` is not compared with a number", place, "",
-                         help=f"write `expect {figure.span.text} <= {EXAMPLES[METRICS[name.text].measure]}`")
+        scope.sink.error("FXC0131", f"`{name.text}` wants to be compared with a number", place, "",
+                         help=f"write `expect {figure.span.text} <= {METRICS[name.text].example}`")
         return None
     limit = _limit(name.text, condition.right, "FXC0131", scope)
     if limit is None or given is _WRONG:
@@ -170,7 +171,7 @@ def _wrong_limit(name: str, metric: Metric, expr: ast.Expr, value: ast.Expr, rel
         fix = f"{expr.span.text} of dense"
     elif isinstance(value, ast.Number) and (relative or metric.measure == "percent"):
         fix = f"{show_number(value.value)}%{' of dense' if relative else ''}"
-    example = "55% of dense" if relative else EXAMPLES[metric.measure]
+    example = "55% of dense" if relative else metric.example
     scope.sink.error(code, f"`{name}` is limited by a number as in `{example}`, found {describe(expr)}", expr.span,
                      "of another unit",
                      help=f"write `{fix}`" if fix else f"write the number with its unit, as in `{example}`",

@@ -93,7 +93,7 @@ def mismatch_diagnostic(mismatch: Mismatch, type_: ValueType, what: str, span: S
     """The diagnostic of a mismatch at `span`, or at the part of the value that is wrong."""
     place = mismatch.at.span if mismatch.at is not None else span
     inside = next((item for item in met or () if place is not None and place.text == item.declared.name.text), None)
-    secondary = () if inside is None else (Label(inside.declared.span, "declared here"),)
+    secondary = () if inside is None else (Label(inside.declared.span, f"declared as `{inside.type}`"),)
     fixes = (Fix(place, mismatch.fix),) if mismatch.fix is not None and place is not None and inside is None else ()
     return Diagnostic(mismatch.code, f"`{what}`: {mismatch.reason}",
                       Label(place, f"expected {type_.describe()}") if place is not None else None, secondary,

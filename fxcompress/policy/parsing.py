@@ -30,6 +30,7 @@ CLOSERS = {close: open_ for open_, close in OPENERS.items()}
 _SKIP = re.compile(r'(?:re)?"(?:\\.|[^"\\\n])*"?|#[^\n]*|[(\[]|[)\]]|[{}\n,]|[^()\[\]{}\n,"#r]+|r')
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _STRANGE = re.compile(r"[^\x00-\x7f]+|.", re.DOTALL)
+_QUOTED = re.compile(r"[“”„‟'‘’`]([^“”„‟'‘’`\"\\\n]*)[“”„‟'‘’`]")
 _RUN = {"RBRACE": re.compile(r"[}\s]+"), "RPAR": re.compile(r"\)+"), "RSQB": re.compile(r"\]+")}
 _BUILDER, _LOCK = Builder(), Lock()
 
@@ -87,6 +88,7 @@ class _Reader:
     statement: int = 0  # where the statement began that is being read
     first: Token | None = None  # its first token
     previous: Token | None = None
+    pending: Token | None = None  # read already: the text meant by wrong quotes
     quiet: bool = False  # an error was just reported, and nothing was read since that could be another
 
     def __post_init__(self) -> None:
@@ -123,7 +125,7 @@ class _Reader:
         """The next token that counts: newlines inside brackets don't."""
         while True:
             try:
-                token = self._lex()
+                token, self.pending = self.pending or self._lex(), None
             except EOFError:
                 end = len(self.source.text)
                 return Token("$END", "", end, end_pos=end)
@@ -184,6 +186,12 @@ class _Reader:
     def _strange(self) -> None:
         """Report characters that begin no token, and step over them."""
         text, start = self.source.text, self.counter.char_pos
+        quoted = _QUOTED.match(text, start)
+        if quoted is not None:
+            self.counter.char_pos = quoted.end()
+            self._report(complaints.wrong_quotes(self.source, start, quoted.end()))
+            self.pending = Token("STRING", f'"{quoted.group(1)}"', start, end_pos=quoted.end())
+            return
         if text[start] == '"' or text.startswith('re"', start):
             end = text.find("\n", start)
             self.counter.char_pos = end = len(text) if end < 0 else end
@@ -216,12 +224,13 @@ class _Reader:
 
     def _drop(self, token: Token, *, reported: bool) -> None:
         """Give up the statement at `token`, and set the reader to go on behind it."""
+        complete = not reported and self._accepts("_NL", "BROKEN")
         if not reported:
-            self._report(complaints.unexpected(self.source, token, self._expected(), self.previous, self.first,
-                                               self.opens))
+            problem = complaints.unexpected(self.source, token, self._expected(), self.previous, self.first, self.opens)
+            complete = complete and problem.code not in complaints.SPOILT
+            self._report(problem)
         if self.start == "expression":
             raise _Stop
-        complete = not reported and self._accepts("_NL", "BROKEN")
         if complete:
             self.state.feed_token(Token("_NL", "\n", token.start_pos))
             self.opens = [opened for opened in self.opens if opened.type == "LBRACE"]

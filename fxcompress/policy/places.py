@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from ..diagnostics import Fix, Sink, nearest
+from ..source import Span
 from . import ast, schema
 from .words import STATEMENTS, listed
 
@@ -58,5 +59,5 @@ def _misplaced(item: ast.Statement, called: str, allowed: tuple[str, ...], place
             if near:
                 help_, fixes = f"did you mean `{near[0]}`?", (Fix(item.verb.span, near[0]),)
     elif isinstance(item, ast.Phase | ast.PolicyDecl | ast.PresetDecl):
-        span = item.name.span
+        span = Span(item.span.source, item.span.start, item.name.span.end)
     sink.error("FXC0011", f"{called} can't stand {PLACE[place]}", span, "misplaced", help=help_, fixes=fixes)

@@ -89,8 +89,8 @@ def _unknown(expr: ast.Name, scope: Scope) -> None:
         return
     known = nearest(expr.text, [*scope.lets, *sorted(KINDS)])
     scope.sink.error("FXC0107", f"unknown name `{expr.text}`", expr.span, "neither a `let` nor an operator kind",
-                     help=f"did you mean {quoted(known)}?" if known else
-                     f'define it: `let {expr.text} = ...`; a module path is written as a text, `"{expr.text}"`',
+                     notes=(f'a module path is written as a text: `"{expr.text}"`',),
+                     help=f"did you mean {quoted(known)}?" if known else f"define it: `let {expr.text} = ...`",
                      fixes=(Fix(expr.span, known[0]),) if known else ())
 
 

@@ -87,6 +87,8 @@ def describe(found: object) -> str:
     shown = f"`{text if len(text) <= 40 else text[:37] + '...'}`"
     if not isinstance(found, ast.Node):
         return shown
+    if isinstance(found, ast.Number | ast.Quantity | ast.String) and text.isidentifier():
+        return f"the parameter {shown}"
     if isinstance(found, ast.Quantity):
         measure = UNITS[canonical(found.unit)].measure
         return {"percent": "the percentage", "count": "the number", "seconds": "the time"}.get(
