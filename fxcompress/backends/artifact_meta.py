@@ -30,8 +30,13 @@ def save_meta(node: fx.Node) -> dict[str, Any]:
         meta["fact"] = {field.name: _plain(getattr(fact, field.name)) for field in fields(NodeFact)}
     origins = node.meta.get("origins", ())
     if origins:
-        meta["origins"] = [[o.verb, o.place, o.line, o.phase, o.detail, list(o.was)] for o in origins]
+        meta["origins"] = [save_origin(entry) for entry in origins]
     return meta
+
+
+def save_origin(entry: Origin) -> list[Any]:
+    """One entry of a provenance as a list of its fields."""
+    return [entry.verb, entry.place, entry.line, entry.phase, entry.detail, list(entry.was)]
 
 
 def _plain(value: Any) -> Any:
@@ -55,7 +60,7 @@ def read_meta(node: fx.Node, cursor: Cursor | None) -> None:
     if "fact" in known:
         node.meta["fxc"] = _fact(known["fact"])
     if "origins" in known:
-        node.meta["origins"] = tuple(_origin(item) for item in known["origins"].items())
+        node.meta["origins"] = tuple(read_origin(item) for item in known["origins"].items())
 
 
 def _row(cursor: Cursor, count: int) -> list[Cursor]:
@@ -87,7 +92,8 @@ def _dtype(cursor: Cursor) -> Any:
     return None if cursor.value is None else cursor.text(200)
 
 
-def _origin(cursor: Cursor) -> Origin:
+def read_origin(cursor: Cursor) -> Origin:
+    """One entry of a provenance, as a list of its fields. Raises ArtifactError (FXC0604)."""
     verb, place, line, phase, detail, was = _row(cursor, 6)
     return Origin(verb.text(), place.text(), line.text(), phase.text(), detail.text(),
                   tuple(item.text() for item in was.items()))

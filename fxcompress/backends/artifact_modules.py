@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torchvision.ops import StochasticDepth
 
 from ..graph.modules import keeps_forward, leaf_of
-from ..nn import Mask
+from ..nn import ByMode, Mask
 from .artifact_json import Cursor, fail, printable
 from .artifact_values import UnsaveableError
 
@@ -89,6 +89,13 @@ _ATTENTION = {
 }
 
 
+def _constant(cursor: Cursor) -> bool | int | float | str | None:
+    if isinstance(cursor.value, list | dict):
+        cursor.wrong("a constant")
+    constant: bool | int | float | str | None = cursor.value
+    return constant
+
+
 def _rows() -> Iterable[SavedClass]:
     for conv in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
         yield SavedClass(conv, _CONV)
@@ -117,8 +124,9 @@ def _rows() -> Iterable[SavedClass]:
     yield SavedClass(nn.EmbeddingBag, _EMBED | {"mode": WORD, "include_last_offset": FLAG})
     yield SavedClass(nn.MultiheadAttention, _ATTENTION)
     yield SavedClass(StochasticDepth, {"p": REAL, "mode": WORD})
-    yield SavedClass(Mask, {"shape": Argument(_numbers, lambda m: tuple(m.mask.shape)),  # type: ignore[union-attr]
+    yield SavedClass(Mask, {"shape": Argument(_numbers, lambda m: tuple(cast(Mask, m).mask.shape)),
                             "evidence": Argument(lambda c: c.choice(EVIDENCE), lambda m: m.collects)})
+    yield SavedClass(ByMode, {"train_value": Argument(_constant), "eval_value": Argument(_constant)})
 
 
 _HOMES = ("torch.nn", "torchvision.ops", "fxcompress.nn")  # packages that offer the classes under these short names

@@ -57,9 +57,9 @@ def load_operator(name: str, place: str) -> Callable[..., Any]:
         return OPS[name].target
     match = _ATEN.fullmatch(name)
     packet = getattr(torch.ops.aten, match[1], None) if match else None
-    if match is None or not isinstance(packet, torch._ops.OpOverloadPacket) or match[2] not in packet.overloads():
+    overload = getattr(packet, match[2], None) if match and isinstance(packet, torch._ops.OpOverloadPacket) else None
+    if not isinstance(overload, torch._ops.OpOverload):
         fail("FXC0605", f"{place}: {printable(name)} is not an operator that an artifact may hold")
-    overload: torch._ops.OpOverload = getattr(packet, match[2])
     why = why_not(overload)
     if why is not None:
         fail("FXC0605", f"{place}: {printable(name)} is not an operator that an artifact may hold", f"it {why}")

@@ -271,7 +271,8 @@ def _stored_tensor(fields: Any, name: str, role: str, stored: dict[str, Tensor],
 
 def _place(holder: nn.Module, name: str, role: str, tensor: Tensor, *, persistent: bool,
            place: str) -> None:
-    made = {"parameter": holder._parameters, "buffer": holder._buffers}.get(role, {})
+    tables: dict[str, dict[str, Any]] = {"parameter": holder._parameters, "buffer": holder._buffers, "attribute": {}}
+    made = tables[role]
     if name in made:
         old = made[name]
         if old is None or not old.is_meta or old.shape != tensor.shape:

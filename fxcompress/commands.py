@@ -1,0 +1,165 @@
+"""The commands that need a model. Each prints, and gives back an exit code: 0 all is well, 1 there are errors (they are
+printed), 2 the command line itself is wrong (`SpecError`s included). Diagnostics go to stderr as text."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ParamSpec
+
+from . import inspect as inspection
+from .backends import save
+from .diagnostics import Diagnostic, FxcError, PlanError
+from .engine import compile as compile_policy
+from .graph import Captured, capture
+from .plan import Plan, read_policy
+from .plan import check_model as check_binding
+from .plan import plan as make_plan
+from .policy import load_policy
+from .policy.model import Policy
+from .render import RENDERERS, clean, print_text
+from .spec import Loaded, SpecError, load_spec
+
+P = ParamSpec("P")
+Params = Mapping[str, object]
+
+
+def _reporting(command: Callable[P, int]) -> Callable[P, int]:
+    """Print the diagnostics that `command` raises; the exit code is 2 for a wrong SPEC, else 1."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> int:
+        try:
+            return command(*args, **kwargs)
+        except FxcError as error:
+            print_text(error.diagnostics)
+            return 2 if isinstance(error, SpecError) else 1
+
+    return run
+
+
+def check_model(policy_paths: Sequence[Path], spec: str, params: Params | None = None, format: str = "text") -> int:
+    """Check policies against the model of `spec`: their texts, and whether each selector finds its layers. All errors of
+    all files in one run; `format` is `text` (stderr), `json` or `sarif` (stdout)."""
+    found: list[Diagnostic] = []
+    captured: dict[object, Captured] = {}
+    wrong_spec = False
+    for path in policy_paths:
+        try:
+            policy = load_policy(path, dict(params or {}))
+            if policy.inputs not in captured:
+                captured[policy.inputs] = _capture(load_spec(spec, None, policy.inputs))
+            found += check_binding(policy, captured[policy.inputs])
+        except FxcError as error:
+            found += [item for item in error.diagnostics if item not in found]
+            wrong_spec = wrong_spec or isinstance(error, SpecError)
+    errors = sum(item.severity == "error" for item in found)
+    if format == "text":
+        print_text(found)
+        print(f"{len(policy_paths)} checked against {spec}: {errors or 'no'} error{'s' * (errors != 1)}",
+              file=sys.stderr)
+    else:
+        sys.stdout.write(RENDERERS[format](found))
+    return 2 if wrong_spec else int(errors > 0)
+
+
+@_reporting
+def plan(policy_path: Path, spec: str, weights: Path | None = None, params: Params | None = None,
+         output: Path | None = None, format: str = "text") -> int:
+    """Print what the policy would do to the model (`text` or `json`, to stdout), and save it as JSON to `output`."""
+    policy, loaded = _load(policy_path, spec, weights, params)
+    made = make_plan(policy, _capture(loaded))
+    if output is not None:
+        _write(output, made.to_json())
+        print(f"the plan is in {output}", file=sys.stderr)
+    sys.stdout.write(made.to_json() if format == "json" else made.show())
+    return 0
+
+
+@_reporting
+def compile(policy_path: Path, spec: str, weights: Path | None = None, params: Params | None = None,
+            output: Path = Path("out"), plan_file: Path | None = None) -> int:
+    """Carry the policy out on the model and write the artifact to `output`. There is no training here: every phase runs
+    at once and every ramp goes to its end. A plan in `plan_file` is refused if the policy or the model is another."""
+    policy, loaded = _load(policy_path, spec, weights, params)
+    captured = _capture(loaded)
+    if plan_file is not None:
+        _read_plan(plan_file).require(policy, captured)
+    result = compile_policy(policy, captured)
+    deployed = result.finalize(target=policy.target)
+    save(deployed, output)
+    sys.stdout.write(inspection.report(deployed, policy.name).show())
+    if any(phase.window is not None for phase in policy.phases):
+        print("\nnote: compiled without training: every phase ran at once, every ramp went straight to its end.\n"
+              "      The weights were not trained to make up for it; from Python, `fxcompress.compile` trains along.")
+    print(f"\nthe artifact is in {output}")
+    return 0
+
+
+@_reporting
+def inspect(directory: Path, format: str = "text") -> int:
+    """Print the report of the artifact in `directory`: `text`, `json`, or `html` for one page with plan and policy."""
+    if format == "html":
+        sys.stdout.write(inspection.html_page(directory))
+        return 0
+    report = inspection.report(directory)
+    return _print(report.show(), report.to_json(), format)
+
+
+@_reporting
+def diff(before: Path, after: Path, format: str = "text") -> int:
+    """Print how the graphs of two artifacts differ, as `text` or `json`."""
+    found = inspection.diff(before, after)
+    return _print(found.show(), found.to_json(), format)
+
+
+@_reporting
+def explain_layer(directory: Path, layer: str) -> int:
+    """Print each rule that touched `layer` of the artifact in `directory`."""
+    return _print(inspection.explain(directory, layer).show(), None, "text")
+
+
+def _print(text: str, data: Any, format: str) -> int:
+    if format == "json":
+        sys.stdout.write(json.dumps(data, indent=1) + "\n")
+    else:
+        sys.stdout.write(clean(text, keep_newlines=True))
+    return 0
+
+
+def _load(policy_path: Path, spec: str, weights: Path | None, params: Params | None) -> tuple[Policy, Loaded]:
+    """The policy, with all of its parameters, and the model on inputs that the policy declares."""
+    policy = load_policy(policy_path, dict(params or {}))
+    loaded = load_spec(spec, weights, policy.inputs)
+    return read_policy(policy, None, None), loaded
+
+
+def _capture(loaded: Loaded) -> Captured:
+    return capture(loaded.model, loaded.example_inputs)
+
+
+def _read_plan(path: Path) -> Plan:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError([Diagnostic("FXC0720", f"the plan can't be read from {path}: {error}",
+                                    help="write it: `fxcompress plan POLICY --model SPEC -o FILE`")]) from error
+    return Plan.from_json(text)
+
+
+def _write(path: Path, text: str) -> None:
+    """Write `text` to `path`, at once and whole. Raises PlanError (FXC0721) where that can't be."""
+    try:
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except OSError as error:
+        raise PlanError([Diagnostic("FXC0721", f"the plan can't be written to {path}: {error.strerror}",
+                                    help="name a file in a folder that exists")]) from error
