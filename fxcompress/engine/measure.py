@@ -111,8 +111,8 @@ def drift(before: list[Tensor], after: list[Tensor]) -> float:
     value isn't finite."""
     if [tensor.shape for tensor in before] != [tensor.shape for tensor in after]:
         return math.inf
-    moved = sum(float((b - a).square().sum()) for a, b in zip(before, after, strict=True)) ** 0.5
-    size = sum(float(tensor.square().sum()) for tensor in before) ** 0.5
+    moved = math.sqrt(sum(float((b - a).square().sum()) for a, b in zip(before, after, strict=True)))
+    size = math.sqrt(sum(float(tensor.square().sum()) for tensor in before))
     if not math.isfinite(moved) or not size:
         return 0.0 if moved == 0 else math.inf
     return moved / size

@@ -39,10 +39,10 @@ class Schedule:
         return ramp.at(progress) if isinstance(ramp, Ramp) else float(ramp)
 
     def start(self, clock: Clock) -> bool:
-        """Begin: the times of `every` count from here. Returns whether a value was written."""
+        """Begin: the times of `every` count from here. Returns whether a value was written, now or by the rewrite."""
         if self.what.every is not None:
             self.ticker = Ticker(self.what.every, clock.now(self.what.every.unit))
-        return self.waits and self._write(self._at(clock))
+        return not self.waits or self._write(self._at(clock))
 
     def update(self, clock: Clock, *, last: bool) -> bool:
         """Write what is due now, the end value if the phase is at its `last` moment; returns whether it was written."""

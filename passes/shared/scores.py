@@ -5,6 +5,7 @@ A score gives the importance of each weight; what unit of weights is masked as o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -41,7 +42,7 @@ class Score:
 
     def per_weight(self, score: Tensor, size: int) -> Tensor:
         """Scores of units of `size` weights made comparable with those of another size (means instead of sums)."""
-        return score / (size**0.5 if self.norm == 2 else size)
+        return score / (math.sqrt(size) if self.norm == 2 else size)
 
 
 class RandomScore(Score):
@@ -55,7 +56,7 @@ class RandomScore(Score):
 
     def per_weight(self, score: Tensor, size: int) -> Tensor:
         """Sums of `size` draws, brought to one mean and variance."""
-        return (score + size / 2) / size**0.5
+        return (score + size / 2) / math.sqrt(size)
 
 
 def _evidence(evidence: Tensor | None) -> Tensor:
