@@ -15,8 +15,9 @@ from fxcompress.graph.coupling_apply import Removal
 from fxcompress.graph.coupling_apply import remove as apply_removal
 from fxcompress.graph.coupling_proof import prove
 from fxcompress.graph.ops import kind_of
-from fxcompress.graph.provenance import touch
+from fxcompress.graph.provenance import origins_of, touch
 from fxcompress.graph.site import UNKNOWN_WEIGHTS, Change, Outcome, Site
+from fxcompress.graph.verify import signature
 from fxcompress.passbase import CRITERIA
 from fxcompress.passes.shared.constants import Fold
 from fxcompress.passes.shared.criteria import Part, Scoring
@@ -239,14 +240,19 @@ def _proven(captured: Captured, coupling: Coupling, doomed: Mask, what: str) -> 
 
 def _carried_out(settings: Remove, captured: Captured, coupling: Coupling, layers: list[Layer], doomed: Mask,
                  site: Site, notes: list[str]) -> Outcome:
-    before = {node: kind_of(node) for node in coupling.flow.nodes}
-    changes = changes_of(coupling, layers, doomed, before)
+    kinds = {node: kind_of(node) for node in coupling.flow.nodes}
+    before = {node.name: (signature(node), len(origins_of(node))) for node in coupling.flow.nodes}
+    changes = changes_of(coupling, layers, doomed, kinds)
     fold = Fold(coupling, doomed[coupling.component]).gather()
     removal: Removal = apply_removal(coupling, doomed)
     notes += fold.carry_out()
     for node, change in changes:
         for place in _living(captured, node):
             touch(place, settings, site, f"{change.what} {change.before} -> {change.after}", (node.name,))
+    for node in captured.module.graph.nodes:
+        was, count = before.get(node.name, (None, 0))
+        if was != signature(node) and len(origins_of(node)) == count and node.op not in ("placeholder", "output"):
+            touch(node, settings, site, "follows what left" if was else "a step of a module written out")
     shown = [change for _, change in changes]
     unknown: tuple[str, ...] = ()
     if not captured.concrete:
