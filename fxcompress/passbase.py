@@ -122,6 +122,10 @@ class Registry(Generic[T]):
         """What installed packages offer; looking takes milliseconds, so it is done once, and only when asked for."""
         return {entry.name: entry for entry in entry_points(group=self.group)}
 
+    def unregister(self, name: str) -> None:
+        """Take a name that was registered at run time away again."""
+        del self._added[name]
+
     def names(self) -> list[str]:
         """All known names, sorted."""
         return sorted({*self._added, *self._builtin, *self._entries})

@@ -1,11 +1,11 @@
-"""Carrying out one pass: rewrite, refresh the facts, record what was done, verify. Plan, engine and Python all go here."""
+"""Carrying out one pass: rewrite, record what was done, verify. Plan, engine and `Pass.apply` all come here."""
 
 from __future__ import annotations
 
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
-from ..diagnostics import PolicyError, Sink
+from ..diagnostics import Diagnostic, PlanError, PolicyError, Sink
 from ..policy import parse_selector
 from ..policy.values import Ramp
 from .captured import Captured
@@ -49,8 +49,8 @@ def _record(captured: Captured, pass_: Pass, site: Site, outcome: Outcome, befor
 
 def fitting(pass_: Pass | type[Pass], selecting: Selecting, selector: Selector,
             nodes: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
-    """Those of `nodes` that `pass_` works on. Others are passed over where the selection is by place (`*`, a path); in a
-    selection by kind they are an error (FXC0208), as is nothing being left; errors go to the sink of `selecting`."""
+    """Those of `nodes` that `pass_` works on. Others are passed over where the selection is by place (`*`, a path); in
+    a selection by kind they are an error (FXC0208), as is nothing being left; errors go to the sink of `selecting`."""
     if not pass_.kinds or not nodes:
         return nodes
     fit = tuple(node for node in nodes if kind_of(node) in pass_.kinds)
@@ -74,19 +74,39 @@ def at_end(pass_: Pass) -> Pass:
 def apply_pass(pass_: Pass, captured: Captured, selector: str = "*", what: str | None = None) -> Captured:
     """A copy of `captured` with `pass_` applied to what `selector` selects, ramps at their end, verified.
 
-    Raises PolicyError for a selector that is wrong or selects nothing, what the pass raises, and RewriteError if it
-    breaks an invariant. `captured` stays as it is.
+    Raises PolicyError for a selector that is wrong or selects nothing, what the pass raises, PlanError (FXC0560) where
+    a score has seen no gradients, and RewriteError if the pass breaks an invariant. `captured` stays as it is.
     """
     parsed = parse_selector(selector)
     copy = captured.copy()
+    _carry_gradients(captured, copy)
     sink = Sink()
     selecting = Selecting(copy, {}, sink)
     nodes = selecting.select(parsed)
     nodes = fitting(pass_, selecting, parsed, nodes)
     if pass_.whats and what not in pass_.whats:
-        sink.error("FXC0210", f"`{pass_.verb}` wants to know what to work on" if what is None else
-                   f"`{pass_.verb}` doesn't work on {what}",
-                   help=f"pass `what=`: one of {quoted(pass_.whats)}")
+        sink.error("FXC0211", f"`{pass_.verb}` wants to be told what of the layers" if what is None else
+                   f"`{pass_.verb}` knows no `{what}`", help=f"give `what=`: {quoted(pass_.whats)}")
     sink.raise_if_errors(PolicyError)
-    carry_out(copy, at_end(pass_), Site(nodes, what, selection=selector))
+    outcome = carry_out(copy, at_end(pass_), Site(nodes, what, selection=selector))
+    if copy.concrete:
+        _write_ends(pass_, outcome)
     return copy
+
+
+def _carry_gradients(source: Captured, copy: Captured) -> None:
+    """Scores by gradient read the gradients of the parameters, which a copy doesn't have."""
+    found = dict(source.module.named_parameters())
+    for name, parameter in copy.module.named_parameters():
+        gradient = found[name].grad
+        parameter.grad = gradient.clone() if gradient is not None else None
+
+
+def _write_ends(pass_: Pass, outcome: Outcome) -> None:
+    """Write the values that move in training, at their ends, where the pass has not."""
+    for moving in outcome.scheduled:
+        end = moving.ramp.end if isinstance(moving.ramp, Ramp) else moving.ramp
+        if not moving.written and not moving.write(end):
+            raise PlanError([Diagnostic(
+                "FXC0560", f"`{pass_.verb}` can't set {moving.name} yet", notes=(repr(pass_),),
+                help="its score wants gradients: run a forward and a backward pass on the module before `apply`")])

@@ -157,7 +157,7 @@ def _fact_number(node: fx.Node, name: str) -> int:
     return int(getattr(node.meta.get("fxc"), name, 0))
 
 
-def macs(captured: Captured) -> Mapping[fx.Node, Value]:
+def macs(captured: Captured) -> Mapping[fx.Node, int]:
     """Multiply-accumulates of each node for one sample: of the example's batch, divided by its size."""
     batch = max(1, captured.example.batch)
     return {node: _fact_number(node, "macs") // batch for node in captured.module.graph.nodes}

@@ -9,9 +9,9 @@
   `"layer3"[...]` and `inside(...)[...]` a node without the fact doesn't match.
 * `a >> b >> c` selects the nodes of `a` whose result goes to a node of `b` and to nothing else, and so on. Nodes that
   only read sizes are no consumers.
-* Helpers: `first(s)`, `first(s, 3)`, `last(s)` in graph order; `inside(s)`: the operators in the modules that `s` stands
-  in; `inputs_of(s)`: the nearest operators with parameters that feed `s`; `coupled(s)`: `s` and the operators whose
-  output channels must leave together with those of `s`.
+* Helpers: `first(s)`, `first(s, 3)`, `last(s)` in graph order; `inside(s)`: the operators in the modules that `s`
+  stands in; `inputs_of(s)`: the nearest operators with parameters that feed `s`; `coupled(s)`: `s` and the operators
+  whose output channels must leave together with those of `s`.
 
 Everything is linear in the graph, and what matches nothing is explained by `select_explain.py`.
 """
@@ -361,7 +361,7 @@ def names_layers(selector: Selector) -> bool:
     return False
 
 
-def quoted(names: Iterable[str]) -> str:
+def quoted(names: Iterable[str], last: str = "or") -> str:
     """`` `a`, `b` or `c` ``."""
     words = [f"`{name}`" for name in names]
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {last} {words[-1]}"

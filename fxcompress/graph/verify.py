@@ -232,15 +232,15 @@ def _gradients(captured: Captured, before: Before) -> Iterator[Violation]:
 
 INVARIANTS: tuple[Invariant, ...] = (
     Invariant("targets are in the model", "FXC0551", 0, _targets),
-    Invariant("the graph lints", "FXC0550", 0, _lint),
-    Invariant("nothing works in place", "FXC0556", 0, _in_place),
-    Invariant("operators are canonical", "FXC0557", 0, _canonical),
-    Invariant("it runs on fake tensors", "FXC0552", 1, _runs),
-    Invariant("inputs and outputs are kept", "FXC0553", 2, _signature_kept),
-    Invariant("state_dict matches the graph", "FXC0554", 2, _state),
-    Invariant("masks fit their parameters", "FXC0555", 2, _masks),
-    Invariant("changed nodes have provenance", "FXC0558", 2, _provenance),
-    Invariant("parameters stay trainable", "FXC0559", 2, _gradients),
+    Invariant("the graph lints", "FXC0550", 1, _lint),
+    Invariant("nothing works in place", "FXC0556", 1, _in_place),
+    Invariant("operators are canonical", "FXC0557", 1, _canonical),
+    Invariant("it runs on fake tensors", "FXC0552", 2, _runs),
+    Invariant("inputs and outputs are kept", "FXC0553", 3, _signature_kept),
+    Invariant("state_dict matches the graph", "FXC0554", 3, _state),
+    Invariant("masks fit their parameters", "FXC0555", 3, _masks),
+    Invariant("changed nodes have provenance", "FXC0558", 3, _provenance),
+    Invariant("parameters stay trainable", "FXC0559", 3, _gradients),
 )
 
 
@@ -258,8 +258,8 @@ def violations(captured: Captured, before: Before) -> list[tuple[Invariant, Viol
 def verify(captured: Captured, before: Before, pass_: Pass | None = None, site: Site | None = None) -> None:
     """Check every invariant of what `pass_` made at `site` out of the graph `before`.
 
-    Raises RewriteError with one diagnostic for each violation: FXC0550 to FXC0559, with the pass, the node and the policy
-    line.
+    Raises RewriteError with one diagnostic for each violation: FXC0550 to FXC0559, with the pass, the node and the
+    policy line.
     """
     found = violations(captured, before)
     if found:
@@ -270,7 +270,8 @@ def _diagnostic(captured: Captured, invariant: Invariant, violation: Violation, 
                 site: Site | None) -> Diagnostic:
     who = f"`{pass_.verb}`" if pass_ is not None else "a rewrite"
     node = next((node for node in captured.module.graph.nodes if node.name == violation.node), None)
-    where = f"`{label(node)}`" if node is not None else f"`{violation.node}`" if violation.node else "the graph"
+    name = violation.node if node is None else path_of(node) if node.op == "call_module" else label(node)
+    where = f"`{name}`" if name else "the graph"
     primary = Label(site.span, f"{who} was asked for here") if site is not None and site.span is not None else None
     return Diagnostic(
         invariant.code, f"{who} broke an invariant at {where}: {violation.reason}", primary,

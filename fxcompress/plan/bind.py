@@ -113,14 +113,15 @@ class Binder:
         if not gone or optional:
             return
         notes = [f"`{name}` went with {self.fates[name]}" for name in gone if name in self.fates]
+        are = "is" if len(gone) == 1 else "are"
         self.sink.error(
-            "FXC0209", f"`{ref.name}` selects {quoted(gone)}, which {'is' if len(gone) == 1 else 'are'} no longer there",
+            "FXC0209", f"`{ref.name}` selects {quoted(gone, 'and')}, which {are} no longer there",
             ref.span, "used after its layers are gone",
             secondary=(Label(self.policy.lets[ref.name].span, "bound here, before anything was rewritten"),),
             notes=tuple(notes), help="select what is there now with a selector in the action, or say `optional`")
 
     def carry_out(self, step: Step, site: Site) -> Outcome:
-        """Run `step` at `site`, verify, and follow the nodes of every `let`. Raises what `graph.apply.carry_out` does."""
+        """Run `step` at `site`, verify, and follow the nodes of every `let`. Raises what `apply.carry_out` does."""
         before = {node.name for node in self.captured.graph.nodes}
         outcome = carry_out(self.captured, step.pass_, site)
         now = {node.name for node in self.captured.graph.nodes}

@@ -62,9 +62,10 @@ def _shown(budget: Budget, reached: float, dense: float) -> str:
     return f"{share} of dense" if budget.relative else f"{amount(reached, METRICS[budget.metric][1])}, {share} of dense"
 
 
-def way_out(refusal: Diagnostic, budget: Budget, steps: tuple[Step, ...], before: Totals, dry_run: DryRun) -> Diagnostic:
-    """`refusal` with what can be reached, and the settings that would meet the budget: found by dry runs that move every
-    share of the shrinking actions together from what the policy says towards `MOST`."""
+def way_out(refusal: Diagnostic, budget: Budget, steps: tuple[Step, ...], before: Totals,
+            dry_run: DryRun) -> Diagnostic:
+    """`refusal` with what can be reached, and the settings that would meet the budget: found by dry runs that move
+    every share of the shrinking actions together from what the policy says towards `MOST`."""
     levers = {step.number: names for step in steps if (names := _levers(step.pass_))}
     if not levers:
         return replace(refusal, notes=(*refusal.notes, "no action of this policy makes the model smaller"),
@@ -75,9 +76,9 @@ def way_out(refusal: Diagnostic, budget: Budget, steps: tuple[Step, ...], before
 
     furthest = run(1.0)
     if furthest is None or not is_met(budget, before, furthest):
-        reached = "" if furthest is None else f": {_shown(budget, value_of(budget, furthest), value_of(budget, before))}"
-        return replace(refusal, notes=(*refusal.notes, f"even with {_settings(steps, levers, 1.0)} it is not met{reached}"),
-                       help="select more layers, or raise the limit")
+        reached = f": {_shown(budget, value_of(budget, furthest), value_of(budget, before))}" if furthest else ""
+        note = f"even with {_settings(steps, levers, 1.0)} it is not met{reached}"
+        return replace(refusal, notes=(*refusal.notes, note), help="select more layers, or raise the limit")
     low, high, best = 0.0, 1.0, furthest
     for _ in range(TRIES):
         middle = (low + high) / 2

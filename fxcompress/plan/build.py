@@ -99,6 +99,7 @@ class DryRun:
             notes.append("nothing is left to it" if step.leaves else "selects nothing, and is optional")
         return PlannedStep(
             number=step.number, phase=step.phase.name, verb=action.verb, facet=str(step.pass_.facet), what=action.what,
+            override=action.override,
             selection=action.selector.span.text if action.selector is not None else "", settings=settings(action),
             place=str(action.span), line=action.span.source.line(action.span.line).strip(), kinds=(), nodes=(),
             leaves=tuple(sorted(step.leaves)),
@@ -129,7 +130,7 @@ def build(policy: Policy, captured: Captured) -> Plan:
     return Plan(
         policy=policy.name, policy_hash=policy_hash(policy), source=policy.source.name, model=captured.model_name,
         graph_hash=captured.fingerprint(), target=policy.target, before=before, after=after,
-        phases=tuple(PlannedPhase(phase.name, show_window(phase.window) if phase.window is not None else "", phase.after)
+        phases=tuple(PlannedPhase(phase.name, show_window(phase.window) if phase.window else "", phase.after)
                      for phase in policy.phases),
         steps=tuple(run.planned), layers=_layers(captured, run.captured), budgets=budgets,
         expects=tuple(PlannedExpect(_statement(e.span.text), str(e.span), e.why) for e in policy.expects),
@@ -191,15 +192,17 @@ def _figures(captured: Captured) -> Mapping[str, tuple[str, Figures]]:
     each = macs(captured)
     found: dict[str, tuple[str, Figures]] = {}
     for node in captured.graph.nodes:
-        fact, count = node.meta["fxc"], int(each[node] or 0)  # type: ignore[call-overload]
-        params = held(node, "params")
-        if node.op in ("call_module", "call_function") and kind_of(node) != "mask" and (params or count):
-            found.setdefault(label(node), (kind_of(node), Figures(_shape(fact.shape), params, count, held(node, "bytes"))))
+        kind, params = kind_of(node), held(node, "params")
+        if node.op in ("call_module", "call_function") and kind != "mask" and (params or each[node]):
+            shape = _shape(node.meta["fxc"].shape)
+            found.setdefault(label(node), (kind, Figures(shape, params, each[node], held(node, "bytes"))))
     return found
 
 
 def _shape(shape: object) -> str:
-    return "×".join(map(str, shape)) if isinstance(shape, tuple) and all(isinstance(s, int) for s in shape) else str(shape)
+    if isinstance(shape, tuple) and all(isinstance(size, int) for size in shape):
+        return "×".join(map(str, shape))
+    return str(shape)
 
 
 def _statement(text: str) -> str:

@@ -1,4 +1,4 @@
-"""`check --model`: every selector of a policy bound to a model, its inputs compared; all errors at once, nothing rewritten."""
+"""`check --model`: every selector of a policy bound to a model, its inputs compared; nothing is rewritten."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .lower import ordered
 
 
 def check_model(policy: Policy, captured: Captured) -> list[Diagnostic]:
-    """What is wrong with `policy` for this model, everything at once: FXC02xx, and FXC0133 for parameters without a value.
+    """What is wrong with `policy` for this model, all of it: FXC02xx, and FXC0133 for parameters without a value.
 
-    Selectors in actions bind to the model as it is. Behind an action that changes the graph's layers (topology) they may
-    mean layers that aren't there yet: there, what selects nothing is left to `plan`.
+    Selectors in actions bind to the model as it is. Behind an action that changes the graph's layers (topology) they
+    may mean layers that aren't there yet: there, what selects nothing is left to `plan`.
     """
     try:
         policy = instantiate(policy)
@@ -39,7 +39,7 @@ def check_model(policy: Policy, captured: Captured) -> list[Diagnostic]:
         if expect.argument is not None and expect.argument != "output":
             used.update(ref.name for ref in refs(expect.argument))
             if not any(ref.name in binder.broken for ref in refs(expect.argument)):
-                binder.selecting().select(expect.argument, lenient)
+                binder.selecting().select(expect.argument, lenient or expect.metric == "count")
     for name, selector in policy.lets.items():
         if name not in used | _inner(policy) and name not in binder.broken:
             binder.selecting().select(selector)

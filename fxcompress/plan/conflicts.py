@@ -1,8 +1,8 @@
-"""The one conflict rule: two actions that write the same facet of one node at the same time are an error that shows both
-places, and only `override` wins. docs/adr/conflicts-and-time.md says why, and what "at the same time" is.
+"""The one conflict rule: two actions that write the same facet of one node at the same time are an error that shows
+both places, and only `override` wins. docs/adr/conflicts-and-time.md says why, and what "at the same time" is.
 
 An action writes its facet of every node it selects, and of what is coupled to those (changes whose `why` begins with
-"coupled"), by what it changes: to take output channels from a layer and input channels from the same layer is no conflict.
+"coupled"), by what it changes: output channels taken from a layer and input channels taken from it are no conflict.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import fx
 from ..diagnostics import Diagnostic, Label, Sink
 from ..graph.captured import Captured
 from ..graph.select import label, quoted
-from ..graph.site import Outcome, Site
+from ..graph.site import Change, Outcome, Site
 from ..passbase import Facet
 from ..policy.model import Phase, Policy
 from .lower import Step
 
 START = "(start)"  # the phase of actions that stand outside any: it comes before all others
 FEW = 6
-WRITES = ("selected", "coupled")  # how the `why` of a change begins that an action makes, not one that follows from it
+SELECTED, COUPLED = "selected", "coupled"  # how the `why` of a change begins that an action makes by itself
 
 
 def sequential(policy: Policy, one: Phase, other: Phase) -> bool:
@@ -55,12 +55,11 @@ def _before(phase: Phase, by_name: dict[str, Phase]) -> set[str]:
 
 @dataclass(frozen=True)
 class Write:
-    """That a step writes its facet of a node: called `name` when it did, selected or only changed (`what`, `why`)."""
+    """That a step writes its facet of a node, which was called `name` then; `why` as in `Change`."""
 
     step: Step
     name: str
-    what: str = ""
-    why: str = ""
+    why: str = SELECTED
 
     @property
     def facet(self) -> Facet:
@@ -82,12 +81,12 @@ class Ledger:
     _reported: set[tuple[int, int]] = field(default_factory=set)
 
     def claim(self, step: Step, site: Site) -> Site:
-        """Enter that `step` writes the nodes of `site`; returns the site without nodes that are in conflict or overridden.
-        Conflicts go to the sink."""
+        """Enter that `step` writes the nodes of `site`; returns the site without nodes that are in conflict or
+        overridden. Conflicts go to the sink."""
         clashes: dict[int, list[tuple[fx.Node, Write]]] = {}
         for node in site.nodes:
             for write in self.selected.get(node.name, ()):
-                if write.facet == step.pass_.facet and not sequential(self.policy, write.step.phase, step.phase):
+                if write.facet == step.pass_.facet and self._concurrent(write.step, step):
                     clashes.setdefault(write.step.number, []).append((node, write))
         dropped: set[fx.Node] = set()
         for pairs in clashes.values():
@@ -114,49 +113,49 @@ class Ledger:
         if (other.number, step.number) in self._reported:
             return
         self._reported.add((other.number, step.number))
-        facet = step.pass_.facet
         both = step.action.override and other.action.override
         notes = ["both say `override`: then neither wins"] if both else []
         notes += _time_note(other.phase, step.phase)
         self.sink.items.append(Diagnostic(
-            "FXC0301", f"two actions write the {facet} of {_layers(labels)}", Label(step.action.span, "written again here"),
-            (Label(other.action.span, "first written here"),), tuple(notes),
+            "FXC0301", f"two actions write the {step.pass_.facet} of {_layers(labels)}",
+            Label(step.action.span, "written again here"), (Label(other.action.span, "first written here"),),
+            tuple(notes),
             "take the layers out of one of the selections; or say `override` before the action that shall win"
             if not both else "keep `override` at the one that shall win"))
 
     def enter(self, step: Step, site: Site, outcome: Outcome, captured: Captured) -> None:
         """Enter what `step` changed beside what it selected, and follow nodes that were replaced."""
         self._follow(captured)
-        by_label: dict[str, fx.Node] = {label(node): node for node in captured.graph.nodes}
-        clashes: dict[int, list[tuple[str, Write]]] = {}
+        by_label = {label(node): node.name for node in captured.graph.nodes}
+        clashes: dict[int, list[tuple[Change, Write]]] = {}
         for change in outcome.changes:
-            node = by_label.get(change.path)
-            if node is None or not change.why.startswith(WRITES):
+            if change.path not in by_label or not change.why.startswith((SELECTED, COUPLED)):
                 continue
-            key = (node.name, change.what)
-            for write in self.changed.get(key, ()):
-                concurrent = not sequential(self.policy, write.step.phase, step.phase)
-                coupled = "selected" not in (write.why, change.why) or write.why != change.why
-                if write.facet == step.pass_.facet and write.step.number != step.number and concurrent and coupled:
-                    why = write.why if write.why != "selected" else change.why
-                    clashes.setdefault(write.step.number, []).append((f"{change.path} ({why})", write))
-            self.changed.setdefault(key, []).append(Write(step, node.name, change.what, change.why))
+            written = self.changed.setdefault((by_label[change.path], change.what), [])
+            for write in written:
+                coupled = write.why.startswith(COUPLED) or change.why.startswith(COUPLED)
+                if coupled and write.facet == step.pass_.facet and self._concurrent(write.step, step):
+                    clashes.setdefault(write.step.number, []).append((change, write))
+            written.append(Write(step, by_label[change.path], change.why))
         for pairs in clashes.values():
-            self._coupled(step, pairs)
+            self._report_coupled(step, pairs)
 
-    def _coupled(self, step: Step, pairs: list[tuple[str, Write]]) -> None:
+    def _concurrent(self, one: Step, other: Step) -> bool:
+        return one.number != other.number and not sequential(self.policy, one.phase, other.phase)
+
+    def _report_coupled(self, step: Step, pairs: list[tuple[Change, Write]]) -> None:
         """Two steps change one layer that not both select: `override` can't part what is coupled."""
-        other, what = pairs[0][1].step, pairs[0][1].what
+        other = pairs[0][1].step
         if (other.number, step.number) in self._reported:
             return
         self._reported.add((other.number, step.number))
-        names = [text.partition(" (")[0] for text, _ in pairs]
+        notes = [f"`{change.path}` is {why}" for change, write in pairs[:FEW]
+                 for why in (write.why, change.why) if why.startswith(COUPLED)]
         self.sink.items.append(Diagnostic(
-            "FXC0302", f"two actions change {what} of {_layers(names)}", Label(step.action.span, "changed again here"),
-            (Label(other.action.span, "first changed here"),),
-            tuple(f"`{text.partition(' (')[0]}`: {text.partition(' (')[2][:-1]}" for text, _ in pairs[:FEW]),
-            "select layers that are coupled in one action (`coupled(...)` selects them), or put the actions in phases that "
-            "follow one another"))
+            "FXC0302", f"two actions change {pairs[0][0].what} of {_layers(change.path for change, _ in pairs)}",
+            Label(step.action.span, "changed again here"), (Label(other.action.span, "first changed here"),),
+            tuple(notes), "select layers that are coupled in one action (`coupled(...)` selects them), or put the actions in phases "
+            "that follow one another"))
 
     def _follow(self, captured: Captured) -> None:
         """Carry entries of nodes that are gone over to their successors."""
@@ -184,5 +183,5 @@ def _time_note(one: Phase, other: Phase) -> list[str]:
     if one.name == other.name:
         return []
     if one.window is not None and other.window is not None and one.window.unit != other.window.unit:
-        return [f"phases `{one.name}` and `{other.name}` have windows in different units: whether they overlap can't be said"]
+        return [f"`{one.name}` and `{other.name}` have windows in different units: whether they overlap can't be said"]
     return [f"phases `{one.name}` and `{other.name}` may run at the same time; `after` puts one behind the other"]

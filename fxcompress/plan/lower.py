@@ -12,8 +12,8 @@ from .model import Plan
 
 @dataclass(frozen=True)
 class Step:
-    """One action in its turn. `number` counts from 1 through the whole plan; `leaves` are the names of nodes that it leaves
-    to an overriding action."""
+    """One action in its turn. `number` counts from 1 through the whole plan; `leaves` are the names of nodes that it
+    leaves to an overriding action."""
 
     number: int
     phase: Phase

@@ -38,12 +38,12 @@ def read_policy(policy: Policy | str | Path, params: Mapping[str, object] | None
 
 def plan(policy: Policy | str | Path, model: nn.Module | Captured, example_inputs: Any = None,
          teacher: nn.Module | None = None, params: Mapping[str, object] | None = None) -> Plan:
-    """What `policy` will do to `model`: each action in its order, before and after, conflicts, budgets. It does no work on
-    weights; a model on the `meta` device will do.
+    """What `policy` will do to `model`: each action in its order, before and after, conflicts, budgets. It does no work
+    on weights; a model on the `meta` device will do.
 
-    `policy` is a checked policy, a text or a path; `example_inputs` (a tensor, a tuple, or a dict for keyword inputs) is
-    needed unless `model` was captured before. Raises PolicyError, CaptureError and PlanError with all diagnostics of the
-    first level where something is wrong.
+    `policy` is a checked policy, a text or a path; `example_inputs` (a tensor, a tuple, or a dict for keyword inputs)
+    is needed unless `model` was captured before. Raises PolicyError, CaptureError and PlanError with all diagnostics of
+    the first level where something is wrong.
     """
     checked = read_policy(policy, params, teacher)
     captured = model if isinstance(model, Captured) else capture(model, example_inputs)

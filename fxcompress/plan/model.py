@@ -1,6 +1,6 @@
 """A plan as data: what each action will touch, in which order and why, before and after. No torch, no live graph.
 
-`Plan.to_json` and `Plan.from_json` are inverse to each other; `show.py` makes the text, `report` of a notebook the table.
+`Plan.to_json` and `Plan.from_json` are inverse to each other; `show.py` makes the text and the table of a notebook.
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ class PlannedStep:
     verb: str
     facet: str
     what: str | None
+    override: bool
     selection: str
     settings: tuple[tuple[str, str], ...]
     place: str
@@ -120,7 +121,8 @@ class PlannedExpect:
 
 @dataclass(frozen=True)
 class Plan:
-    """A policy bound to a model and run on fake tensors. `show()` prints it; `require` refuses another policy or model."""
+    """A policy bound to a model and run on fake tensors. `show()` is its text; `require` refuses another policy or
+    model."""
 
     policy: str
     policy_hash: str
@@ -164,12 +166,12 @@ class Plan:
                 raise ValueError(f"it is not a plan of format {FORMAT}")
             plan: Plan = _decode(cls, data, "plan")
         except (ValueError, RecursionError) as error:
-            raise PlanError([Diagnostic("FXC0332", f"this is not a plan that can be read: {error}",
-                                        help="write it anew: `fxcompress plan POLICY --model SPEC -o FILE`")]) from error
+            help = "write it anew: `fxcompress plan POLICY --model SPEC -o FILE`"
+            raise PlanError([Diagnostic("FXC0332", f"this is not a readable plan: {error}", help=help)]) from error
         return plan
 
     def matches(self, policy: Policy, captured: Captured) -> bool:
-        """Whether the plan was made from this policy (its meaning, not its comments) and this model (its graph and
+        """Whether the plan was made from this policy (what it means, not its comments) and this model (its graph and
         shapes, not its weights)."""
         return not self._drift(policy, captured)
 
@@ -183,13 +185,13 @@ class Plan:
         found = []
         help = "plan again, read what changed, and compile the new plan"
         if policy_hash(policy) != self.policy_hash:
-            found.append(Diagnostic("FXC0330", f"the policy has changed since this plan was made: policy `{self.policy}` "
-                                    f"of {self.source}", notes=("comments and formatting don't count; values of the "
-                                                                "policy's parameters do",), help=help))
+            found.append(Diagnostic(
+                "FXC0330", f"the policy has changed since this plan was made from `{self.policy}` of {self.source}",
+                notes=("comments and formatting don't count; values of the policy's parameters do",), help=help))
         if captured.fingerprint() != self.graph_hash:
-            found.append(Diagnostic("FXC0331", "the model is not the one this plan was made for: its graph or its shapes "
-                                    "differ", notes=(f"planned for {self.model}", "the values of weights don't count"),
-                                    help=help))
+            found.append(Diagnostic(
+                "FXC0331", "the model is not the one this plan was made for: its graph or its shapes differ",
+                notes=(f"planned for {self.model}", "the values of weights don't count"), help=help))
         return found
 
 
@@ -218,16 +220,14 @@ def _decode(type_: Any, value: object, place: str) -> Any:
             raise ValueError(f"`{place}` has other fields than expected")
         return type_(**{name: _decode(hint, value[name], f"{place}.{name}") for name, hint in hints.items()})  # type: ignore[operator]
     if origin is tuple and isinstance(value, list):
-        if len(inner) == 2 and inner[1] is Ellipsis:
-            return tuple(_decode(inner[0], item, place) for item in value)
-        if len(inner) == len(value):
-            return tuple(_decode(hint, item, place) for hint, item in zip(inner, value, strict=True))
+        items = list(inner) if inner[-1] is not Ellipsis else [inner[0]] * len(value)
+        if len(items) == len(value):
+            return tuple(_decode(hint, item, place) for hint, item in zip(items, value, strict=True))
     if origin in (UnionType, Union):
-        return None if value is None else _decode(next(hint for hint in inner if hint is not NoneType), value, place)
-    if origin is Literal and value in inner:
-        return value
+        some = next(hint for hint in inner if hint is not NoneType)
+        return None if value is None else _decode(some, value, place)
     if type_ is float and type(value) in (int, float):
         return float(value)  # type: ignore[arg-type]
-    if isinstance(type_, type) and type(value) is type_:
+    if (origin is Literal and value in inner) or (isinstance(type_, type) and type(value) is type_):
         return value
     raise ValueError(f"`{place}` is wrong")

@@ -48,7 +48,10 @@ def _aligned(steps: list[PlannedStep], verbose: bool) -> list[str]:
             lines.append(f"      left to an override: {', '.join(step.leaves)}")
         if verbose:
             lines += [f"      {row}" for row in _columns([_row(change) for change in step.changes])]
-        lines += [f"      note: {note}" for note in step.notes]
+        shown = step.notes if verbose or len(step.notes) <= FEW else step.notes[: FEW - 1]
+        lines += [f"      note: {note}" for note in shown]
+        if len(shown) < len(step.notes):
+            lines.append(f"      ({len(step.notes) - len(shown)} more notes with --verbose)")
         lines += [f"      (known after weights): {item}" for item in step.unknown]
     return lines
 
@@ -56,7 +59,7 @@ def _aligned(steps: list[PlannedStep], verbose: bool) -> list[str]:
 def headline(step: PlannedStep) -> str:
     """`remove channels(body)`."""
     selection = f"{step.what}({step.selection})" if step.what else step.selection
-    return f"{step.verb} {selection}".rstrip()
+    return f"{'override ' if step.override else ''}{step.verb} {selection}".rstrip()
 
 
 def summary(step: PlannedStep) -> str:
@@ -73,8 +76,8 @@ def _span_of(changes: list[Change]) -> str:
     """`out_channels 64 -> 44 ... 512 -> 360`: the first kind of change, its smallest and its largest."""
     if not changes:
         return ""
-    what = changes[0].what
-    steps = list(dict.fromkeys(_arrow(c) for c in sorted(changes, key=_size) if c.what == what))
+    what = changes[0].what.partition(" of ")[0]  # "sparsity of conv1.weight"
+    steps = list(dict.fromkeys(_arrow(c) for c in sorted(changes, key=_size) if c.what.startswith(what)))
     return f"{what} {steps[0]}" + (f" ... {steps[-1]}" if len(steps) > 1 else "")
 
 
@@ -98,7 +101,8 @@ def _totals(plan: Plan) -> list[str]:
 def _figures(before: Totals, after: Totals) -> list[tuple[str, str, str, str]]:
     rows = [("parameters", before.params, after.params, ""), ("MACs a sample", before.macs, after.macs, ""),
             ("size", before.bytes, after.bytes, "B")]
-    return [(name, amount(old, unit), amount(new, unit), percent(new / old) if old else "") for name, old, new, unit in rows]
+    return [(name, amount(old, unit), amount(new, unit), percent(new / old) if old else "")
+            for name, old, new, unit in rows]
 
 
 def _layers(plan: Plan) -> list[str]:
@@ -112,8 +116,8 @@ def _layers(plan: Plan) -> list[str]:
 
 def _pair(old: object, new: object) -> str:
     """`64 -> 44`, or the one value where nothing changes."""
-    words = [amount(value) if isinstance(value, int) else "none" if value is None else str(value) for value in (old, new)]
-    return words[0] if words[0] == words[1] else " -> ".join(words)
+    old, new = (amount(value) if isinstance(value, int) else str(value or "none") for value in (old, new))
+    return old if old == new else f"{old} -> {new}"
 
 
 def _columns(rows: Iterable[tuple[str, ...]]) -> list[str]:

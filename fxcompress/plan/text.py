@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..passbase import Pass, VERBS
+from ..passbase import VERBS, Pass
 from ..policy.model import Action
 
 _BINARY = ("B", "KiB", "MiB", "GiB", "TiB")
