@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
 from typing import Literal
 
 from .source import Span
@@ -93,6 +93,13 @@ class Sink:
 
 
 def nearest(word: str, known: Iterable[str], count: int = 3) -> list[str]:
-    """The names most like `word`, best first, compared without regard to case."""
+    """The names most like `word`, best first, compared without regard to case. Of equally like ones those with the same
+    letters come first: two that changed places are the commonest slip."""
     names = {name.lower(): name for name in known}
-    return [names[match] for match in get_close_matches(word.lower(), names, n=count, cutoff=0.6)]
+    lower = word.lower()
+
+    def likeness(match: str) -> tuple[bool, float]:
+        return sorted(match) == sorted(lower), SequenceMatcher(None, match, lower).ratio()
+
+    matches = get_close_matches(lower, names, n=max(count, 12), cutoff=0.6)
+    return [names[match] for match in sorted(matches, key=likeness, reverse=True)[:count]]
