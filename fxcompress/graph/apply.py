@@ -60,7 +60,7 @@ def fitting(pass_: Pass | type[Pass], selecting: Selecting, selector: Selector,
         selecting.sink.error(
             "FXC0208", f"`{pass_.verb}` doesn't work on {kind}", selector.span,
             f"selects `{label(others[0])}`" + (f" and {len(others) - 1} more" if len(others) > 1 else ""),
-            notes=(f"it works on {quoted(pass_.kinds)}",), help="narrow the selection to these kinds")
+            notes=(f"it works on {quoted(pass_.kinds, 'and')}",), help="narrow the selection to these kinds")
         return ()
     return fit
 

@@ -274,6 +274,6 @@ def _diagnostic(captured: Captured, invariant: Invariant, violation: Violation, 
     where = f"`{name}`" if name else "the graph"
     primary = Label(site.span, f"{who} was asked for here") if site is not None and site.span is not None else None
     return Diagnostic(
-        invariant.code, f"{who} broke an invariant at {where}: {violation.reason}", primary,
+        invariant.code, f"{who} broke {where}: {violation.reason}", primary,
         notes=(f"the invariant: {invariant.name}",),
         help="this is a mistake in the pass, not in the policy: report it to the pass's author; nothing was written")
