@@ -70,7 +70,8 @@ def remove(coupling: Coupling, doomed: Mask) -> Removal:
         if kept:
             shrink(entry.tensor, kept, captured.concrete)
             resized[entry.tensor] = tuple(kept)
-            owners.update(name.rpartition(".")[0] for name in entry.names)
+            owners.update(name.partition(".parametrizations.")[0] if ".parametrizations." in name
+                          else name.rpartition(".")[0] for name in entry.names)
     for path in sorted(owners):
         _describe(captured.module.get_submodule(path), edit.modules.get(path, {}))
     captured.refresh()

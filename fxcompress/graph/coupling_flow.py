@@ -19,6 +19,7 @@ import numpy.typing as npt
 from torch import Tensor, fx, nn
 
 from .captured import Captured
+from .coupling_computed import computed, held_by
 from .ops import kind_of
 
 Labels = npt.NDArray[np.int64]
@@ -150,6 +151,10 @@ class Flow:
         """Whether the model has a parameter or buffer of this name (a module's bias may be None)."""
         return name in self._named
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a parameter or buffer."""
+        return tuple(self._named[name].shape)
+
     # What rules say
 
     def tie(self, a: Dim, b: Dim, reason: str = "ties it to a dimension that no parameter has") -> Dim:
@@ -196,7 +201,9 @@ class Flow:
     def consume_parameter(self, args: Mapping[str, Any], name: str, dim: int, labels: Dim) -> None:
         """The same for the argument `name`, be it a tensor of the current node's module or the value of a node."""
         value = args[name]
-        self.consume(value if isinstance(value, fx.Node) else f"{self.node.target}.{name}", dim, labels)
+        target = value if isinstance(value, fx.Node) else held_by(self, str(self.node.target), name)
+        assert target is not None
+        self.consume(target, dim, labels)
 
     def piece(self, labels: Dim) -> Dim:
         """A part cut out of a dimension: something of it has to stay."""
@@ -227,7 +234,7 @@ class Flow:
         if value is None:
             return None
         path = f"{self.node.target}.{name}"
-        return self.tensor(path, track) if path in self._named else None
+        return self.tensor(path, track) if path in self._named else computed(self, str(self.node.target), name, track)
 
     def source(self, args: Mapping[str, Any], name: str) -> str | None:
         """The tensor that the argument `name` comes from: the module's, or the first one up a chain of nodes."""
@@ -237,8 +244,7 @@ class Flow:
                 return str(value.target)
             inputs = [node for node in value.all_input_nodes if node.op != "placeholder"]
             value = inputs[0] if inputs else None
-        path = f"{self.node.target}.{name}"
-        return path if self.node.op == "call_module" and path in self._named else None
+        return held_by(self, str(self.node.target), name) if self.node.op == "call_module" else None
 
     def module(self) -> nn.Module:
         """The module the current node calls."""

@@ -9,6 +9,7 @@ import numpy as np
 from torch import fx
 
 from fxcompress.graph.coupling import Coupling, Mask
+from fxcompress.graph.coupling_flow import Labels
 from fxcompress.graph.ops import kind_of, path_of
 from fxcompress.graph.site import Change
 from fxcompress.passes.shared.layers import Layer
@@ -93,10 +94,9 @@ def changes_of(coupling: Coupling, layers: list[Layer], doomed: Mask,
     found: list[tuple[fx.Node, Change]] = []
     seen: set[tuple[str, str]] = set()
 
-    def add(node: fx.Node, what: str, labels: np.ndarray, why: str) -> None:  # type: ignore[type-arg]
+    def add(node: fx.Node, path: str, what: str, labels: Labels, why: str) -> None:
         components = coupling.of(labels)
         left = len(components) - int(((components >= 0) & doomed[components]).sum())
-        path = path_of(node) or node.name
         if left < len(components) and (path, what) not in seen:
             seen.add((path, what))
             found.append((node, Change(path, kinds[node], what, str(len(components)), str(left), why)))
@@ -105,15 +105,16 @@ def changes_of(coupling: Coupling, layers: list[Layer], doomed: Mask,
         if doomed[layer.components[layer.components >= 0]].any():
             why = "selected" if layer.selected else "follows its input" if layer.follows else coupled_reason(
                 coupling, layers, layer)
-            add(layer.node, layer.what, layer.made.labels, why)
+            add(layer.node, layer.path, layer.what, layer.made.labels, why)
     for entry in coupling.flow.consumed:
         if isinstance(entry.target, str) and not kinds[entry.node].startswith(("lstm", "gru", "rnn")):
             what = "in_features" if kinds[entry.node] == "linear" else "in_channels"
-            add(entry.node, what, entry.labels, "reads what left")
+            path = path_of(entry.node) if entry.node.op == "call_module" else entry.target.rpartition(".")[0]
+            add(entry.node, path, what, entry.labels, "reads what left")
     for node in coupling.flow.nodes:
         if node.op == "call_module" and "norm" in kinds[node] and coupling.flow.has(f"{node.target}.weight"):
             for labels in coupling.flow.tensor(f"{node.target}.weight")[:1]:
                 if labels is not None:
-                    add(node, "num_features", labels, "follows its input")
+                    add(node, str(node.target), "num_features", labels, "follows its input")
     order = coupling.flow.index
     return sorted(found, key=lambda entry: order[entry[0]])

@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from ..captured import Captured
 from ..coupling_flow import shape_of
-from ..ops import call
+from ..ops import arguments, call
 
 
 class _Writer:
@@ -42,13 +42,12 @@ class _Writer:
         return new
 
 
-def write_out(captured: Captured, node: fx.Node, args: Mapping[str, Any], mha: nn.MultiheadAttention, heads: int,
-              width: int) -> None:
+def write_out(captured: Captured, node: fx.Node, mha: nn.MultiheadAttention, heads: int, width: int) -> None:
     """Replace the call `node` of `mha`, which keeps `heads` heads of `width`; the scale is that of the old width.
 
     The formula is that of Vaswani et al., "Attention Is All You Need", 2017, section 3.2.
     """
-    writer = _Writer(captured, node)
+    writer, args = _Writer(captured, node), arguments(node)
     with captured.module.graph.inserting_before(node):
         batched = len(shape_of(args["query"])) == 3
         query, key, value = _projected(writer, args, mha, heads * width)
@@ -64,7 +63,9 @@ def write_out(captured: Captured, node: fx.Node, args: Mapping[str, Any], mha: n
         if weights is not None and args["average_attn_weights"]:
             weights = writer.call("mean", weights, dim=-3)
     for user in list(node.users):
-        user.replace_all_uses_with(result if user.args[1] == 0 else weights or result)
+        taken = result if user.args[1] == 0 else weights or result
+        taken.meta["fxc"] = user.meta["fxc"]  # for those written out after it; `refresh` brings it up to date
+        user.replace_all_uses_with(taken)
         captured.module.graph.erase_node(user)
     captured.module.graph.erase_node(node)
     captured.moved[node.name] = (result.name,)

@@ -238,7 +238,36 @@ def _moved(edit: Edit, labels: Dim, size: int, part: slice) -> slice:
     return slice(start, stop, part.step)
 
 
-@rule("slice_scatter", "select_scatter", "index_put", "index_add", "index_copy", "index_fill", "scatter", "scatter_add",
+@rule("slice_scatter")
+def slice_scatter(flow: Flow, node: fx.Node, args: Mapping[str, Any]) -> Value:
+    """Writes a stretch: the written indices leave with those they overwrite."""
+    dims, source = list(flow.of(args["input"])), list(flow.of(args["src"]))
+    place = args["dim"] % len(dims)
+    labels, written = dims[place], source[place]
+    if args["step"] != 1 or any(isinstance(args[name], fx.Node) for name in ("start", "end")):
+        raise NoRuleError("writes at places that a rule can't follow")
+    for at, other in enumerate(source):
+        if at != place:
+            dims[at] = flow.tie(dims[at], other)
+    if labels is None:
+        flow.fix(written, "writes it into a part of another value")
+    else:
+        flow.tie(labels[slice(args["start"], args["end"])], written, "writes something into it that can't shrink")
+    return tuple(dims)
+
+
+@resize("slice_scatter")
+def resize_slice_scatter(edit: Edit, node: fx.Node, args: Mapping[str, Any]) -> None:
+    """Bounds count what is kept before them."""
+    place = args["dim"] % len(shape_of(node))
+    labels, size = edit.of(args["input"])[place], shape_of(node)[place]
+    bounds = {name: args[name] if args[name] is None else edit.before(labels, args[name], size)
+              for name in ("start", "end")}
+    if edit.changed(labels):
+        edit.set(node, **bounds)
+
+
+@rule("select_scatter", "index_put", "index_add", "index_copy", "index_fill", "scatter", "scatter_add",
       "masked_scatter")
 def written(flow: Flow, node: fx.Node, args: Mapping[str, Any]) -> Value:
     """Writes into a part: dimensions of full size go through, the one written along stays."""
