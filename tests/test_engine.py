@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -14,11 +16,15 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import fxcompress
-from fxcompress.diagnostics import FxcError, PlanError, PolicyError
+from fxcompress.diagnostics import FxcError, PlanError, PolicyError, RewriteError
 from fxcompress.engine import Result
 from fxcompress.engine.clock import Clock
-from fxcompress.graph.ops import kind_of
+from fxcompress.graph import Captured
+from fxcompress.graph.ops import call, kind_of
+from fxcompress.graph.site import Outcome, Site
 from fxcompress.nn import Mask as MaskModule
+from fxcompress.passbase import VERBS, Facet, Pass
+from fxcompress.plan import Plan
 
 SPARSE = """
 policy p {
@@ -518,3 +524,44 @@ def test_a_notebook_shows_phases_and_masks(model: nn.Module) -> None:
     html = result._repr_html_()
     assert "<td>fc1.weight</td><td>25.0%</td>" in html and "<td>sparsify</td><td>50%</td>" in html
     assert repr(result) == "Result(policy 'p' on Net: sparsify 50%)"
+
+
+# A pass that breaks something
+
+
+@dataclass(frozen=True)
+class Spoil(Pass):
+    """A verb with a mistake: its node has no provenance."""
+
+    verb: ClassVar[str] = "spoil"
+    facet: ClassVar[Facet] = Facet.TOPOLOGY
+
+    def rewrite(self, graph: Captured, site: Site) -> Outcome:
+        node = site.nodes[0]
+        with graph.graph.inserting_after(node):
+            new = call(graph.graph, "relu", node)
+        node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+        with torch.no_grad():
+            for parameter in graph.module.parameters():
+                parameter.zero_()
+        return Outcome(())
+
+
+def test_a_pass_that_breaks_an_invariant_leaves_the_module_as_it_was(
+        model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(VERBS, "_added", {**VERBS._added, Spoil.verb: Spoil})
+    policy = "policy p {\n phase late over steps 1..2 {\n spoil conv2d\n }\n}"
+    with pytest.raises(RewriteError):  # the plan finds it
+        fxcompress.compile(policy, model, EXAMPLE)
+    plan = fxcompress.plan("policy p { phase late over steps 1..2 { mask conv2d { sparsity = 50% } } }", model, EXAMPLE)
+    monkeypatch.setattr(Plan, "require", lambda *_: None)  # as if it had passed there, and failed on real weights
+    result = fxcompress.compile(policy, model, EXAMPLE, plan=plan)
+    before = {name: value.clone() for name, value in result.module.state_dict().items()}
+    code, nodes = result.module.code, list(result.module.graph.nodes)
+    with pytest.raises(RewriteError) as caught:
+        result.step()
+    found = caught.value.diagnostics[0]
+    assert found.code == "FXC0558" and "`spoil`" in found.message
+    assert found.primary is not None and found.primary.span.line == 3
+    assert list(result.module.graph.nodes) == nodes and result.module.code == code
+    assert all(torch.equal(value, before[name]) for name, value in result.module.state_dict().items())

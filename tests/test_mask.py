@@ -18,6 +18,7 @@ from fxcompress.diagnostics import FxcError
 from fxcompress.graph import Captured, capture
 from fxcompress.graph.ops import kind_of, path_of
 from fxcompress.nn import Mask as MaskModule
+from fxcompress.passbase import SCORES
 from fxcompress.passes import Mask, register_score
 from fxcompress.passes.shared.masking import remove_masks
 
@@ -312,7 +313,9 @@ def test_a_skeleton_is_masked_without_weights() -> None:
         assert len(masks(applied)) == 19
 
 
-def test_a_registered_score_is_a_value_of_by() -> None:
+def test_a_registered_score_is_a_value_of_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SCORES, "_added", dict(SCORES._added))  # registered for this test alone
+
     @register_score("farthest_from_one")
     def farthest(weight: Tensor, evidence: Tensor | None) -> Tensor:
         return (weight - 1).abs()

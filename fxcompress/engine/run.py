@@ -14,10 +14,10 @@ from ..graph import Captured, capture
 from ..plan import Plan, read_policy
 from ..plan.build import build
 from ..policy.model import Policy
+from ..policy.timing import length_problems
 from .clock import Clock
 from .execute import carry_gradients
 from .result import Result
-from .timing import timing_problems
 
 
 def compile(policy: Policy | str | Path, model: nn.Module | Captured, example_inputs: Any = None,
@@ -35,10 +35,10 @@ def compile(policy: Policy | str | Path, model: nn.Module | Captured, example_in
     * `seed`: of everything that is drawn
 
     Gradients that `model`'s parameters hold count as seen, for scores by gradient. Raises PolicyError, CaptureError,
-    PlanError (also FXC0520 to FXC0522: times that can't be had) and RewriteError, before anything is touched.
+    PlanError (FXC0521 without `epochs` where they are needed) and RewriteError, before anything is touched.
     """
     checked = read_policy(policy, params, teacher)
-    problems = timing_problems(checked, epochs)
+    problems = length_problems(checked.phases, epochs)
     if problems:
         raise PlanError(problems)
     captured = model.copy() if isinstance(model, Captured) else capture(model, example_inputs)

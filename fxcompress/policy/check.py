@@ -18,10 +18,10 @@ from .phases import in_order, read_window
 from .places import check_places
 from .selectors import Scope, read_selector
 from .settings import read_settings
+from .timing import START, timing_problems
 from .values import Unset
 from .words import RESERVED, quoted
 
-START = "(start)"  # the phase of the actions that stand in no phase
 MAX_LETS_DEEP = 64
 
 
@@ -313,6 +313,8 @@ class _Checker:
         at_once = self._actions(items, context)
         if at_once:
             found.insert(0, model.Phase(START, None, (), at_once, at_once[0].span))
+        if not any(item.severity == "error" for item in self.sink.items):
+            self.sink.items.extend(timing_problems(found))
         return tuple(found)
 
     def _actions(self, items: Iterable[ast.Statement], context: Context) -> tuple[model.Action, ...]:
