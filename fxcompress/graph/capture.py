@@ -14,7 +14,7 @@ from ..diagnostics import CaptureError, Diagnostic
 from .assemble import assemble
 from .captured import Captured, Example
 from .dynamic import UntraceableError
-from .probe import Fakes
+from .probe import Fakes, quiet
 from .propagate import device_of
 from .recorder import BatchFixedError
 from .trace import Traced, trace
@@ -41,7 +41,11 @@ def capture(
     """
     _check_model(model)
     example = as_example(example_inputs)
-    inputs = bind_inputs(model, example)
+    with quiet():
+        return _capture(model, example, bind_inputs(model, example), way)
+
+
+def _capture(model: nn.Module, example: Example, inputs: Inputs, way: Way) -> Captured:
     name = type(model).__name__
     failed: list[tuple[str, UntraceableError]] = []
     if way in ("auto", "fx"):

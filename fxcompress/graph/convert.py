@@ -45,11 +45,10 @@ def _last(source: Source) -> str:
 
 def _sum(rec: Recorder, source: Source, values: Values) -> Values:
     alpha = values.pop("alpha", 1)
-    if _last(source) in ("rsub", "__rsub"):
+    if _last(source) in ("rsub", "__rsub", "__radd"):
         values["input"], values["other"] = values["other"], values["input"]
     if alpha != 1:
-        key = "input" if _last(source) == "rsub" else "other"
-        values[key] = rec.call("mul", values[key], alpha)
+        values["other"] = rec.call("mul", values["other"], alpha)
     return values
 
 
@@ -66,7 +65,7 @@ def _div(rec: Recorder, source: Source, values: Values) -> Values | Done:
 
 def _swapped(rec: Recorder, source: Source, values: Values) -> Values:
     if _last(source).startswith("__r"):
-        first, second = [key for key in values if not key.startswith("__in")][:2]
+        first, second = list(values)[:2]
         values[first], values[second] = values[second], values[first]
     if _last(source) == "float_power":
         raise NoCanonicalForm
@@ -223,11 +222,10 @@ def _interpolate(rec: Recorder, source: Source, values: Values) -> Values:
 
 
 def _bernoulli(rec: Recorder, source: Source, values: Values) -> Values | Done:
-    if not values.pop("__in_place__", False):
+    if not source.in_place:
         return values
-    base, p = values["input"], values.get("p")
-    result = rec.call("bernoulli", rec.call("full_like", base, 0.5 if p is None else p))
-    return Done(rec.overwrite(base, result))
+    p = values.get("p")
+    return Done(rec.call("bernoulli", rec.call("full_like", values["input"], 0.5 if p is None else p)))
 
 
 def _einsum(rec: Recorder, source: Source, values: Values) -> Values:
@@ -265,7 +263,8 @@ def _attention(rec: Recorder, source: Source, values: Values) -> Values:
 
 
 CONVERTERS: Mapping[str, Converter] = {
-    "add": _sum, "sub": _sum, "div": _div, "pow": _swapped, "floor_divide": _swapped, "matmul": _swapped, "reshape": _reshape,
+    "add": _sum, "sub": _sum, "div": _div, **{name: _swapped for name in (
+        "mul", "pow", "floor_divide", "remainder", "matmul", "and", "or", "xor")}, "reshape": _reshape,
     "expand": _expand, "to": _to, "clone": _same_value, "contiguous": _contiguous, "var": _variance, "std": _variance,
     "var_mean": _variance, "std_mean": _variance, "max": _extremum, "min": _extremum, "transpose": _transpose,
     "getitem": _getitem, "split": _split, "interpolate": _interpolate, "bernoulli": _bernoulli, "einsum": _einsum, "pad": _pad,

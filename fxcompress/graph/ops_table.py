@@ -32,7 +32,7 @@ def _unary() -> None:
     for name in names:
         _add("elementwise", name, getattr(torch, name), "input", f"F.{name}", f"torch.special.{name}")
     add = _add
-    add("elementwise", "neg", operator.neg, "input", "*negative")
+    add("elementwise", "neg", operator.neg, "input", "*negative", ".__neg__")
     add("elementwise", "invert", operator.invert, "input", ".__invert__")
     add("elementwise", "round", torch.round, "input, decimals=0")
     add("elementwise", "nan_to_num", torch.nan_to_num, "input, nan=None, posinf=None, neginf=None")
@@ -53,20 +53,24 @@ def _unary() -> None:
     add("elementwise", "triu", torch.triu, "input, diagonal=0")
 
 
+def _operators(name: str) -> tuple[str, ...]:
+    """The forms of a Python operator: `.__add__ .__radd__ .__iadd__ op.iadd`."""
+    return (f".__{name}__", f".__r{name}__", f".__i{name}__", f"op.i{name}")
+
+
 def _binary() -> None:
     add = _add
-    add("elementwise", "add", operator.add, "input, other", "op.iadd")
-    add("elementwise", "sub", operator.sub, "input, other", "op.isub", "*subtract", "*rsub", ".__rsub__")
-    add("elementwise", "mul", operator.mul, "input, other", "op.imul", "*multiply")
-    add("elementwise", "div", operator.truediv, "input, other", "op.truediv", "op.itruediv", "*true_divide", "*divide",
-        ".__rtruediv__", ".__rdiv__")
-    add("elementwise", "floor_divide", operator.floordiv, "input, other", "op.floordiv", "op.ifloordiv", ".__rfloordiv__")
-    add("elementwise", "remainder", operator.mod, "input, other", "op.mod", "op.imod")
-    add("elementwise", "pow", operator.pow, "input, exponent", "op.ipow", ".__rpow__", "*float_power")
+    add("elementwise", "add", operator.add, "input, other", *_operators("add"))
+    add("elementwise", "sub", operator.sub, "input, other", *_operators("sub"), "*subtract", "*rsub")
+    add("elementwise", "mul", operator.mul, "input, other", *_operators("mul"), "*multiply")
+    add("elementwise", "div", operator.truediv, "input, other", *_operators("truediv"), "*true_divide", "*divide", ".__rdiv__")
+    add("elementwise", "floor_divide", operator.floordiv, "input, other", *_operators("floordiv"))
+    add("elementwise", "remainder", operator.mod, "input, other", *_operators("mod"))
+    add("elementwise", "pow", operator.pow, "input, exponent", *_operators("pow"), "*float_power")
     for name in ("eq", "ne", "lt", "le", "gt", "ge"):
-        add("elementwise", name, getattr(operator, name), "input, other")
+        add("elementwise", name, getattr(operator, name), "input, other", f".__{name}__")
     for name, target in (("and", operator.and_), ("or", operator.or_), ("xor", operator.xor)):
-        add("elementwise", name, target, "input, other", f"*bitwise_{name}", f"*__{name}__", f"op.i{name}")
+        add("elementwise", name, target, "input, other", f"*bitwise_{name}", f"*__{name}__", *_operators(name))
     for name in ("logical_and", "logical_or", "logical_xor", "maximum", "minimum", "atan2", "fmod", "hypot", "xlogy"):
         add("elementwise", name, getattr(torch, name), "input, other", f"torch.special.{name}")
     add("elementwise", "where", torch.where, "condition, input, other")
@@ -201,7 +205,7 @@ def _indexing() -> None:
 
 def _contractions() -> None:
     add = _add
-    add("matmul", "matmul", operator.matmul, "input, other", "*__matmul__", "op.imatmul", ".__rmatmul__", "*linalg_matmul")
+    add("matmul", "matmul", operator.matmul, "input, other", *_operators("matmul"), "*linalg_matmul")
     add("matmul", "bmm", torch.bmm, "input, mat2")
     add("matmul", "mm", torch.mm, "input, mat2")
     add("matmul", "mv", torch.mv, "input, vec")

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from ..diagnostics import Diagnostic, RewriteError
 from .facts import fact_of
-from .probe import Fakes, map_tensors
+from .probe import Fakes, map_tensors, quiet
 from .trace_errors import RAISED_BY_MODELS
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def propagate(captured: Captured) -> None:
     fakes = Fakes(captured.batches, device_of(root, captured.example))
     inputs = [*captured.example.args, *captured.example.kwargs.values()]
     results: Results = {}
-    with torch.no_grad():
+    with torch.no_grad(), quiet():
         for node in graph.nodes:
             if node.op == "placeholder":
                 example = inputs.pop(0) if inputs else None

@@ -247,37 +247,37 @@ class Recorder:
         """Record an operator outside the table. One that works in place gets a copy to work on."""
         in_place = name.endswith("_") and not name.endswith("__") and args and isinstance(args[0], Tensor)
         if not in_place:
-            return self._emit("call_function", function, args, {
+            return self._call_as_is(function, args, {
             key: self.device_of_inputs() if key == "device" and value is not None else value for key, value in kwargs.items()
         }, name or "call")
-        copy = self._emit("call_function", torch.clone, (args[0],), {}, "clone")
-        return overwrite(self, args[0], self._emit("call_function", function, (copy, *args[1:]), dict(kwargs), name))
+        copy = self._call_as_is(torch.clone, (args[0],), {}, "clone")
+        return overwrite(self, args[0], self._call_as_is(function, (copy, *args[1:]), dict(kwargs), name))
 
     def emit(self, op: Op, values: dict[str, Any]) -> Any:
-        """Append the canonical node of `op` and give back its value."""
+        """Append the canonical node of `op`, or a call of the module whose twin computes it, and give back its value."""
+        args, kwargs = op.normal(values)
+        results = self._compute(op.target, args, kwargs, op.name)
         path = self.twin(op, values) if self.twin is not None else None
         if path is not None:
-            return self.emit_module(path, (values["input"],), {}, None)
-        args, kwargs = op.normal(values)
-        return self._emit("call_function", op.target, args, kwargs, op.name)
+            return self._append("call_module", path, (values["input"],), {}, path.replace(".", "_"), results)
+        return self._append("call_function", op.target, args, kwargs, op.name, results)
 
-    def emit_module(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any], module: nn.Module | None) -> Any:
-        """Append a call of the leaf module at `path`; without `module` its value is shaped like its input."""
+    def emit_module(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any], module: nn.Module) -> Any:
+        """Append a call of the leaf module at `path`."""
         def run(*inputs: Any, **named: Any) -> Any:
-            if module is None:
-                with self.fakes.mode:
-                    return torch.empty_like(inputs[0])
             return self.fakes.run_module(module, inputs, named)
 
-        return self._emit("call_module", path, args, kwargs, path.replace(".", "_"), run)
+        name = path.replace(".", "_")
+        return self._append("call_module", path, args, kwargs, name, self._compute(run, args, kwargs, name))
 
-    def _emit(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str,
-              run: Callable[..., Any] | None = None) -> Any:
-        results = self._compute(run or target, args, kwargs, name)
+    def _append(self, kind: str, target: Any, args: Any, kwargs: Any, name: str, results: tuple[Any, ...]) -> Any:
+        """Append a node with the value `results`, unless that is a constant, and give back what the model gets."""
         if not any(isinstance(item, Tensor) for item in self.flat(results[0])) and _all_equal(results):
             return results[0]
-        node = self.graph.create_node(kind, target, self.argument(args), self.argument(kwargs), name)
-        return self._wrap(node, results)
+        return self._wrap(self.graph.create_node(kind, target, self.argument(args), self.argument(kwargs), name), results)
+
+    def _call_as_is(self, function: Callable[..., Any], args: Any, kwargs: Any, name: str) -> Any:
+        return self._append("call_function", function, args, kwargs, name, self._compute(function, args, kwargs, name))
 
     def _compute(self, run: Callable[..., Any], args: Any, kwargs: Any, name: str) -> tuple[Any, ...]:
         """The fake result in every probe."""

@@ -20,7 +20,7 @@ _DROPPED: Mapping[str, tuple[object, ...] | None] = {
     "inplace": None, "_stacklevel": None, "memory_format": None, "layout": None, "pin_memory": None, "non_blocking": None,
     "copy": None, "requires_grad": None, "cudnn_enabled": None, "cudnn_enable": None, "half_to_float": (False,), "implicit": None,
     "out": (None,), "generator": (None,), "return_indices": (False,), "scale": (1,), "input_scale": (1,), "path": (None,),
-    "stable": None,
+    "stable": None, "dtype": (None,),
 }
 _SYNONYMS = {"axis": "dim", "keepdims": "keepdim", "train": "training", "split_size": "split_size_or_sections",
              "split_sizes": "split_size_or_sections", "indices_or_sections": "split_size_or_sections",
@@ -85,11 +85,11 @@ def sources() -> Mapping[Callable[..., Any], Source]:
 def _in_place(name: str) -> bool:
     name = name.split(".")[1] if name.startswith("aten.") else name
     last = name.split(".")[-1]
-    return (last.endswith("_") and not last.endswith("__")) or name in _IN_PLACE_OPERATORS
+    return (last.endswith("_") and not last.endswith("__")) or last in _IN_PLACE_OPERATORS
 
 
-_IN_PLACE_OPERATORS = {f"op.i{name}" for name in
-                       "add sub mul truediv floordiv mod pow and or xor matmul".split()}  # `op.invert` isn't
+_IN_PLACE_OPERATORS = {form for name in "add sub mul truediv floordiv mod pow and or xor matmul".split()
+                       for form in (f"i{name}", f"__i{name}__")}
 
 
 def _params(op: Op, target: Callable[..., Any]) -> tuple[Param, ...]:
