@@ -22,7 +22,7 @@ _TOKEN = re.compile(r"""
     (?P<comment>\#[^\n]*) | (?P<newline>\n) | (?P<blank>[ \t\r]+)
   | (?P<string>(?:re)?"(?:\\.|[^"\\\n])*")
   | (?P<quantity>[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?[ \t]*
-      (?:%|(?:steps?|epochs?|samples?|bits?|us|ms|s|[kMG]i?B|B|k|M|G)(?![A-Za-z0-9_])))
+      (?:%|(?:steps?|epochs?|samples?|bits?|us|ms|s|[kKMG]i?B|B|k|M|G)(?![A-Za-z0-9_])))
   | (?P<number>[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)
   | (?P<name>[A-Za-z_][A-Za-z0-9_]*)
   | (?P<sign>>>|->|<-|<=|>=|==|!=|\.\.|[{}()\[\],:=|&*<>~-])

@@ -143,7 +143,7 @@ class _Whole(ValueType):
                            fix=f"{show_number(expr.value)} {self.measure}")
         elif isinstance(expr, ast.Quantity) and UNITS[canonical(expr.unit)].measure == self.measure:
             value = to_base(expr.value, expr.unit)
-        if value is None or value != int(value):
+        if value is None or not math.isfinite(value) or value != int(value):
             raise self.wrong(expr)
         return int(value)
 

@@ -1,6 +1,6 @@
 """The parser's tables: made from `grammar/policy.lark`, kept beside it as JSON, loaded without running anything.
 
-`python -m fxcompress.policy.tables` writes `grammar/policy.json` anew; a test fails while it is not current. Lark's own
+`python -m fxcompress.grammar` writes `grammar/policy.json` anew; a test fails while it is not current. Lark's own
 cache is pickles in the folder for temporary files, where any user of the machine can put one; JSON can only be data.
 """
 
@@ -72,7 +72,3 @@ def _unpack(value: Any) -> Any:
     if isinstance(value, list):
         return [_unpack(item) for item in value]
     return value
-
-
-if __name__ == "__main__":
-    (files("fxcompress.grammar") / TABLES).write_text(encode(build()), encoding="utf-8")  # type: ignore[attr-defined]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Literal
 
 Measure = Literal["percent", "count", "bytes", "bits", "steps", "epochs", "samples", "seconds"]
@@ -56,7 +57,7 @@ def to_base(value: float, unit: str) -> int | float:
     """`value` in base units: fractions, counts, bytes, bits, steps, seconds. Exact for texts of up to 15 digits."""
     size = UNITS[canonical(unit)].size
     if size < 1:
-        return value / round(1 / size)  # 60 / 100 is 0.6, where 60 * 0.01 isn't
+        return float(Decimal(repr(value)) * Decimal(repr(size)))  # 53.3 * 0.01 and 53.3 / 100 are not 0.533
     base = value * size
     return int(base) if isinstance(base, float) and base.is_integer() and abs(base) < 2**63 else base
 
