@@ -33,20 +33,23 @@ if TYPE_CHECKING:
     from .passbase import Pass as Pass
     from .passbase import param as param
     from .passbase import register_verb as register_verb
+    from .passes.shared.scores import register_score as register_score
     from .plan import Plan as Plan
     from .plan import plan as plan
-    from .policy import Policy as Policy
     from .policy import format_policy as format_policy
     from .policy import load_policy as load_policy
     from .policy import parse as parse
+    from .policy.model import Policy as Policy
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "policy": ("Policy", "format_policy", "load_policy", "parse"),
+    "policy": ("format_policy", "load_policy", "parse"),
+    "policy.model": ("Policy",),
     "diagnostics": ("ArtifactError", "CaptureError", "Diagnostic", "FxcError", "PlanError", "PolicyError",
                     "RewriteError"),
     "passbase": ("Pass", "param", "register_verb"),
+    "passes.shared.scores": ("register_score",),
     "graph": ("Captured", "capture"),
     "plan": ("Plan",),
     "engine": ("Result", "compile"),

@@ -36,7 +36,7 @@ def test_the_demo_shows_what_it_promises(demo: tuple[str, Path]) -> None:
     output, artifact = demo
     for row in ("accuracy", "parameters", "not zero", "MACs", "weights file", "latency"):
         assert re.search(rf"{row}.*│.*\d.*│.*\d", output), f"no row {row!r} in\n{output}"
-    assert "policy lenet" in output
+    assert "plan lenet" in output
     assert f"artifact: {artifact}" in output
 
 

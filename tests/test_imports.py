@@ -21,7 +21,7 @@ LONGEST = 420
 # The layers from the bottom up. The longest prefix of a module's name says its layer.
 LAYERS: dict[str, str] = {
     "fxcompress.source": "text", "fxcompress.diagnostics": "text", "fxcompress.render": "text",
-    "fxcompress.grammar": "grammar",
+    "fxcompress.grammar": "grammar", "fxcompress.grammar.__main__": "cli",
     "fxcompress.policy": "policy",
     "fxcompress.passbase": "passbase",
     "fxcompress.nn": "nn",

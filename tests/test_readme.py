@@ -26,7 +26,7 @@ def run(*command: str | Path, cwd: Path) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return done.stdout + done.stderr
 
 
 def policy_folder(folder: Path) -> Path:
@@ -62,7 +62,7 @@ def test_the_python_runs(tmp_path: Path) -> None:
                 "assert torch.equal(module.eval()(x), deployed.eval()(x))\n"
                 "from fxcompress.passes import Mask\n"
                 f"{one_liner()}\n")
-    assert "policy slim" in run(sys.executable, "-c", code + compared, cwd=folder)
+    assert "plan slim" in run(sys.executable, "-c", code + compared, cwd=folder)
 
 
 def one_liner() -> str:
