@@ -138,7 +138,7 @@ def _repeat(text: str, place: int) -> tuple[int, bool] | None:
     char = text[place]
     if char in "*+?":
         end, unbounded = place + 1, char != "?"
-    elif char == "{" and (match := _BOUNDS.match(text, place)) is not None and match.group(0) not in ("{}", "{,}"):
+    elif char == "{" and (match := _BOUNDS.match(text, place)) is not None and match.group() != "{}":
         end, unbounded = match.end(), bool(match.group(2)) and not match.group(3)
     else:
         return None

@@ -166,12 +166,13 @@ def macs(captured: Captured) -> Mapping[fx.Node, int]:
 def depths(captured: Captured) -> Mapping[fx.Node, Value]:
     """For each node, how many operators with parameters lie before it on the longest way from an input: linear time."""
     found: dict[fx.Node, int] = {}
-    params = PROPERTIES["params"]
     for node in captured.module.graph.nodes:
-        before = [found[source] + (1 if source.op != "get_attr" and params.get(source) else 0)
-                  for source in node.all_input_nodes]
-        found[node] = max(before, default=0)
+        found[node] = max((found[source] + _has_parameters(source) for source in node.all_input_nodes), default=0)
     return found
+
+
+def _has_parameters(node: fx.Node) -> bool:
+    return node.op != "get_attr" and kind_of(node) != "mask" and held(node, "params") > 0
 
 
 _LINEAR = re.compile("linear")
