@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -19,6 +19,7 @@ import fxcompress
 from fxcompress.diagnostics import FxcError, PlanError, PolicyError, RewriteError
 from fxcompress.engine import Result
 from fxcompress.engine.clock import Clock
+from fxcompress.engine.follow import Followers
 from fxcompress.graph import Captured
 from fxcompress.graph.ops import call, kind_of
 from fxcompress.graph.site import Outcome, Site
@@ -199,7 +200,8 @@ def test_nested_random_masks_over_a_ramp(model: nn.Module) -> None:
 @pytest.mark.parametrize("by", ["movement", "gradient"])
 def test_scores_by_gradient_against_the_formula(by: str) -> None:
     torch.manual_seed(0)
-    policy = f"policy p {{ phase a over steps 0..6 {{ mask linear {{ sparsity = 50%, by = {by}, every = 3 steps }} }} }}"
+    action = f"mask linear {{ sparsity = 50%, by = {by}, every = 3 steps }}"
+    policy = f"policy p {{ phase a over steps 0..6 {{ {action} }} }}"
     x, target = torch.randn(16, 6), torch.randn(16, 5)
     result = fxcompress.compile(policy, nn.Sequential(nn.Linear(6, 5, bias=False)), (x,))
     optimizer = torch.optim.SGD(result.module.parameters(), lr=0.1)
@@ -565,3 +567,64 @@ def test_a_pass_that_breaks_an_invariant_leaves_the_module_as_it_was(
     assert found.primary is not None and found.primary.span.line == 3
     assert list(result.module.graph.nodes) == nodes and result.module.code == code
     assert all(torch.equal(value, before[name]) for name, value in result.module.state_dict().items())
+
+
+# Optimizers, apart from a policy
+
+
+@pytest.mark.parametrize(("make", "kept"), [
+    (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), True),
+    (lambda p: torch.optim.AdamW(p, lr=0.1, amsgrad=True), True),
+    (lambda p: torch.optim.Adafactor(p, lr=0.1), False),
+    (lambda p: torch.optim.LBFGS(p, lr=0.1), False),
+], ids=["sgd", "adamw", "adafactor", "lbfgs"])
+def test_state_is_cut_or_begins_anew(make: Callable[[object], torch.optim.Optimizer], kept: bool) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(6, 4), torch.randn(8, 6)
+    optimizer = make(layer.parameters())
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = layer(x[:, :layer.weight.shape[1]]).square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    followers = Followers(layer, [optimizer])
+    before = {key: value.clone() for key, value in optimizer.state[layer.weight].items() if isinstance(value, Tensor)}
+    index = torch.tensor([0, 2, 5])
+    layer.weight.data, layer.weight.grad = layer.weight.data[:, index], None
+    notes = followers.update({layer.weight: ((1, index),)})
+    if kept:
+        assert not notes
+        for key, value in optimizer.state[layer.weight].items():
+            assert torch.equal(value, before[key][:, index] if before[key].dim() else before[key])
+    else:
+        assert len(notes) == 1 and "begins anew" in notes[0]
+    optimizer.step(closure)
+    assert layer.weight.isfinite().all()
+
+
+def test_parameters_that_come_and_go() -> None:
+    module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+    followers = Followers(module, [optimizer])
+    gone, module[1] = module[1], nn.Linear(3, 2)
+    assert followers.update({}) == ["2 new parameters train in a group of their own, with the optimizer's defaults"]
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    assert {id(p) for p in trained} == {id(p) for p in module.parameters()}
+    assert not any(p is q for p in trained for q in gone.parameters())
+
+
+def test_a_ramp_does_not_recompile(model: nn.Module) -> None:
+    from torch._dynamo.testing import CompileCounter
+
+    result = fxcompress.compile(SPARSE % ("steps 0..6", "cubic(0% -> 80%)", "1 steps"), model, EXAMPLE)
+    counter = CompileCounter()
+    compiled = torch.compile(result.module, backend=counter)
+    for _ in range(8):
+        compiled(*EXAMPLE)
+        result.step()
+    assert result.done and counter.frame_count == 1
+    result.module.eval(), compiled.eval()
+    assert torch.equal(compiled(*EXAMPLE), result.module(*EXAMPLE))

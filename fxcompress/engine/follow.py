@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 Resized = Mapping[Tensor, tuple[tuple[int, Tensor], ...]]  # parameter: its (dimension, kept indices), as in `Outcome`
 
@@ -52,21 +52,25 @@ class Followers:
     def _cut(self, optimizer: Optimizer, resized: Resized) -> list[str]:
         """Cut the state of each resized parameter (momentum, second moments) as the parameter was.
 
-        State of another shape (factored moments, the history of LBFGS) can't be cut: it begins anew, with a note.
+        State of another shape (factored moments) can't be cut: it begins anew, with a note. So does all state of LBFGS,
+        which keeps one flat history of all parameters.
         """
-        notes = []
+        name = type(optimizer).__name__
+        if isinstance(optimizer, LBFGS) and resized and optimizer.state:
+            optimizer.state.clear()
+            optimizer._numel_cache = None  # the size that it remembers of all parameters
+            return [f"the history of {name} begins anew: parameters were cut"]
+        lost = 0
         for parameter, cuts in resized.items():
             state = optimizer.state.get(parameter, {})
-            parts = {key: value for key, value in state.items() if not isinstance(value, Tensor) or value.dim() > 0}
-            parts = {key: value for key, value in parts.items() if not isinstance(value, int | float | bool)}
+            parts = {key: value for key, value in state.items() if isinstance(value, Tensor) and value.dim()}
             whole = self._shapes.get(parameter)  # type: ignore[call-overload]
-            if all(isinstance(value, Tensor) and value.shape == whole for value in parts.values()):
+            if all(value.shape == whole for value in parts.values()):
                 state.update({key: cut(value, cuts) for key, value in parts.items()})
             else:
                 del optimizer.state[parameter]
-                notes.append(f"the {type(optimizer).__name__} state of a parameter now {tuple(parameter.shape)} begins "
-                             "anew: it doesn't have the parameter's shape")
-        return notes
+                lost += 1
+        return [f"the state of {name} begins anew for {lost} parameters: it doesn't have their shape"] if lost else []
 
     def forget(self) -> None:
         """Drop the state of every parameter, after its value was set from outside."""

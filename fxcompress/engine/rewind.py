@@ -29,8 +29,9 @@ class Snapshots:
     taken: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # by `initial` or `2 epochs`
 
     def take(self, when: When) -> None:
-        """Keep a copy of the parameters as they are."""
-        self.taken[str(when)] = {name: parameter.detach().clone() for name, parameter in self.module.named_parameters()}
+        """Keep a copy of the parameters as they are, in main memory."""
+        self.taken[str(when)] = {name: parameter.detach().to("cpu", copy=True)
+                                 for name, parameter in self.module.named_parameters()}
 
     def look(self, clock: Clock) -> None:
         """Take those whose time has come."""

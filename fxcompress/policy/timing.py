@@ -12,8 +12,8 @@ START = "(start)"  # the phase of the actions that stand in no phase
 
 
 def timing_problems(phases: Iterable[Phase]) -> list[Diagnostic]:
-    """Ramps and repetitions in a phase that has no window (FXC0520); weights to rewind to that aren't there yet when the
-    phase begins (FXC0522)."""
+    """Ramps and repetitions in a phase that has no window (FXC0520); weights to rewind to that aren't there yet when
+    the phase begins (FXC0522)."""
     found: list[Diagnostic] = []
     for phase in phases:
         problems = _without_window if phase.window is None else _rewinds
@@ -24,8 +24,8 @@ def timing_problems(phases: Iterable[Phase]) -> list[Diagnostic]:
 def length_problems(phases: Iterable[Phase], epochs: float | None) -> list[Diagnostic]:
     """Windows over a share of a training whose length in epochs isn't known (FXC0521)."""
     return [Diagnostic(
-        "FXC0521", f"phase `{phase.name}` runs over a share of the training, whose length isn't known", Label(phase.span),
-        help="say how long you train: `compile(..., epochs=30)`")
+        "FXC0521", f"phase `{phase.name}` runs over a share of the training, whose length isn't known",
+        Label(phase.span), help="say how long you train: `compile(..., epochs=30)`")
         for phase in phases if phase.window is not None and phase.window.unit == "training" and not epochs]
 
 
