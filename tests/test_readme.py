@@ -55,6 +55,12 @@ def test_the_command_lines_run(tmp_path: Path) -> None:
     assert (folder / "out" / "weights.safetensors").exists()
 
 
+def test_the_plan_shown_is_the_plan(tmp_path: Path) -> None:
+    folder = policy_folder(tmp_path)
+    command, _, shown = blocks("text")[0].partition("\n")
+    assert run(*command.removeprefix("$ ").split(), cwd=folder).strip() == shown.strip()
+
+
 def test_the_python_runs(tmp_path: Path) -> None:
     folder = policy_folder(tmp_path)
     (code,) = blocks("python")
