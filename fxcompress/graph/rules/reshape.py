@@ -175,11 +175,25 @@ def _kind(node: fx.Node) -> str:
 @resize("reshape")
 def resize_reshape(edit: Edit, node: fx.Node, args: Mapping[str, Any]) -> None:
     """Sizes follow the labels of the result."""
-    shape = args["shape"]
-    shape = shape if isinstance(shape, tuple | list) else (shape,)
-    new = edit.sizes(node, tuple(shape), edit.of(node))
-    if new:
+    given = args["shape"]
+    given = tuple(given) if isinstance(given, tuple | list) else (given,)
+    spelled = _spelled(edit, node, given)
+    new = edit.sizes(node, spelled, edit.of(node)) or spelled
+    if new != given:
         edit.set(node, shape=new)
+
+
+def _spelled(edit: Edit, node: fx.Node, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """`given` with a -1 for a size that is computed from the batch and changes, as that of a batch merged with heads,
+    where the other sizes are known: then a -1 that was elsewhere is written as its number."""
+    dims, sizes = edit.of(node), shape_of(node)
+    computed = [place for place, size in enumerate(given) if isinstance(size, fx.Node) and edit.changed(dims[place])]
+    dynamic = node.meta["fxc"].dynamic
+    if len(computed) != 1 or any(size == -1 and dynamic[place] for place, size in enumerate(given)):
+        return given
+    known = [sizes[place] if size == -1 else size for place, size in enumerate(given)]
+    known[computed[0]] = -1
+    return tuple(known)
 
 
 @resize("unflatten")

@@ -1,0 +1,49 @@
+"""Forms of operators that models of torchvision and timm hold, each removed from and compared with its original."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fxcompress.graph.apply import carry_out
+from fxcompress.graph.capture import capture
+from fxcompress.graph.captured import Captured
+from fxcompress.graph.site import Outcome, Site
+from fxcompress.passes.remove import Remove
+
+
+def removed(model: nn.Module, x: Tensor, **settings: object) -> tuple[Captured, Outcome]:
+    """Half of all channels removed from `model`, proven, and run at another batch size."""
+    captured = capture(model.eval(), x)
+    nodes = tuple(node for node in captured.graph.nodes if node.op != "output")
+    outcome = carry_out(captured, Remove(ratio=0.5, **settings), Site(nodes, "channels"))  # type: ignore[arg-type]
+    assert any(note.startswith("proven equal") for note in outcome.notes), outcome.notes
+    assert captured.module(torch.cat([x, x, x])).shape == model(torch.cat([x, x, x])).shape
+    return captured, outcome
+
+
+class _Heads(nn.Module):
+    """Attention over positions whose heads are merged with the batch, by a size computed from it (as in BoTNet)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.table, self.out = nn.Conv2d(6, 3 * 32, 1), nn.Parameter(torch.randn(5, 8)), nn.Conv2d(32, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, _, height, width = x.shape
+        q, k, v = (part.reshape(batch * 4, 8, -1).transpose(1, 2) for part in self.qkv(x).split([32, 32, 32], dim=1))
+        heads = q.shape[0]
+        places = q.reshape(heads, height, width, -1) @ self.table.t()
+        scores = q @ k.transpose(1, 2) + places.mean(-1).reshape(heads, 1, height * width)
+        mixed = scores.softmax(-1) @ v
+        return self.out(mixed.transpose(1, 2).reshape(batch, 32, height, width))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_heads_merged_with_a_computed_batch(batch: int) -> None:
+    torch.manual_seed(0)
+    model = _Heads()
+    thin, _ = removed(model, torch.randn(batch, 6, 4, 4))
+    assert thin.module.get_parameter("qkv.weight").shape == (48, 6, 1, 1)
+    assert thin.module.get_parameter("table").shape == (5, 8)
