@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec
@@ -15,6 +17,7 @@ from typing import Any, ParamSpec
 from . import inspect as inspection
 from .backends import save
 from .diagnostics import Diagnostic, FxcError, PlanError
+from .engine import Result
 from .engine import compile as compile_policy
 from .graph import Captured, capture
 from .plan import Plan, read_policy
@@ -44,8 +47,8 @@ def _reporting(command: Callable[P, int]) -> Callable[P, int]:
 
 
 def check_model(policy_paths: Sequence[Path], spec: str, params: Params | None = None, format: str = "text") -> int:
-    """Check policies against the model of `spec`: their texts, and whether each selector finds its layers. All errors of
-    all files in one run; `format` is `text` (stderr), `json` or `sarif` (stdout)."""
+    """Check policies against the model of `spec`: their texts, and whether each selector finds its layers. All errors
+    of all files in one run; `format` is `text` (stderr), `json` or `sarif` (stdout)."""
     found: list[Diagnostic] = []
     captured: dict[object, Captured] = {}
     wrong_spec = False
@@ -61,44 +64,60 @@ def check_model(policy_paths: Sequence[Path], spec: str, params: Params | None =
     errors = sum(item.severity == "error" for item in found)
     if format == "text":
         print_text(found)
-        print(f"{len(policy_paths)} checked against {spec}: {errors or 'no'} error{'s' * (errors != 1)}",
-              file=sys.stderr)
+        files = f"{len(policy_paths)} file{'s' * (len(policy_paths) != 1)}"
+        print(f"{files} checked against {spec}: {errors or 'no'} error{'s' * (errors != 1)}", file=sys.stderr)
     else:
         sys.stdout.write(RENDERERS[format](found))
     return 2 if wrong_spec else int(errors > 0)
 
 
 @_reporting
-def plan(policy_path: Path, spec: str, weights: Path | None = None, params: Params | None = None,
+def plan(policy_path: Path, spec: str, weights: Path | None = None, params: Params | None = None,  # noqa: PLR0917
          output: Path | None = None, format: str = "text") -> int:
     """Print what the policy would do to the model (`text` or `json`, to stdout), and save it as JSON to `output`."""
     policy, loaded = _load(policy_path, spec, weights, params)
     made = make_plan(policy, _capture(loaded))
     if output is not None:
-        _write(output, made.to_json())
+        write_plan(output, made.to_json())
         print(f"the plan is in {output}", file=sys.stderr)
     sys.stdout.write(made.to_json() if format == "json" else made.show())
     return 0
 
 
 @_reporting
-def compile(policy_path: Path, spec: str, weights: Path | None = None, params: Params | None = None,
+def compile(policy_path: Path, spec: str, weights: Path | None = None, params: Params | None = None,  # noqa: PLR0917
             output: Path = Path("out"), plan_file: Path | None = None) -> int:
     """Carry the policy out on the model and write the artifact to `output`. There is no training here: every phase runs
     at once and every ramp goes to its end. A plan in `plan_file` is refused if the policy or the model is another."""
     policy, loaded = _load(policy_path, spec, weights, params)
-    captured = _capture(loaded)
-    if plan_file is not None:
-        _read_plan(plan_file).require(policy, captured)
-    result = compile_policy(policy, captured)
-    deployed = result.finalize(target=policy.target)
+    made = read_plan(plan_file) if plan_file is not None else None
+    result = compile_policy(policy, _capture(loaded), plan=made, epochs=_epochs(policy), steps_per_epoch=1)
+    _run_through(result)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # they are in `result.warnings`, and printed from there
+        deployed = result.finalize()
+    print_text(result.warnings)
     save(deployed, output)
-    sys.stdout.write(inspection.report(deployed, policy.name).show())
+    sys.stdout.write(clean(inspection.report(deployed, name=f"policy {policy.name}").show(), keep_newlines=True))
     if any(phase.window is not None for phase in policy.phases):
-        print("\nnote: compiled without training: every phase ran at once, every ramp went straight to its end.\n"
-              "      The weights were not trained to make up for it; from Python, `fxcompress.compile` trains along.")
+        print("\nnote: nothing was trained: every phase ran at once, and every ramp went straight to its end.\n"
+              "      To train along, call fxcompress.compile from Python.")
     print(f"\nthe artifact is in {output}")
     return 0
+
+
+def _epochs(policy: Policy) -> float:
+    """An end of training that is behind the end of every phase, in epochs."""
+    windows = [phase.window for phase in policy.phases if phase.window is not None]
+    return max((window.end for window in windows if window.unit == "epochs"), default=1)
+
+
+def _run_through(result: Result) -> None:
+    """Let every phase begin and end, in its order, with every ramp at its end, by moving the clock behind them all."""
+    ends = [phase.window.end for phase in result.policy.phases if phase.window and phase.window.unit == "steps"]
+    result.clock.steps, result.clock.epochs = math.ceil(max(ends, default=0)), math.ceil(_epochs(result.policy))
+    result.step()
+    result.clock.steps = result.clock.epochs = result.clock.in_epoch = 0  # nothing was trained, and the report says so
 
 
 @_reporting
@@ -143,16 +162,18 @@ def _capture(loaded: Loaded) -> Captured:
     return capture(loaded.model, loaded.example_inputs)
 
 
-def _read_plan(path: Path) -> Plan:
+def read_plan(path: Path) -> Plan:
+    """The plan saved in `path`. Raises PlanError (FXC0720, FXC0332) where there is none that can be read."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise PlanError([Diagnostic("FXC0720", f"the plan can't be read from {path}: {error}",
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise PlanError([Diagnostic("FXC0720", f"the plan can't be read from {path}: {reason}",
                                     help="write it: `fxcompress plan POLICY --model SPEC -o FILE`")]) from error
     return Plan.from_json(text)
 
 
-def _write(path: Path, text: str) -> None:
+def write_plan(path: Path, text: str) -> None:
     """Write `text` to `path`, at once and whole. Raises PlanError (FXC0721) where that can't be."""
     try:
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

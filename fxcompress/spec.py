@@ -169,7 +169,7 @@ def _from_package(spec: str, name: str) -> ModuleType:
 
 def _from_file(spec: str, path: Path) -> ModuleType:
     if not path.is_file():
-        _fail("FXC0713", f"there is no file {path} for {spec}")
+        _fail("FXC0713", f"there is no file {path} for {spec}", help_="paths are relative to the working folder")
     module_spec = importlib.util.spec_from_file_location(f"fxcompress_spec_{path.stem}", path)
     assert module_spec is not None and module_spec.loader is not None  # a path that ends in .py always has a loader
     module = importlib.util.module_from_spec(module_spec)
@@ -193,16 +193,21 @@ def _run(spec: str, doing: str, function: Callable[[], T]) -> T:
         trace = error.__traceback__
         while trace is not None and trace.tb_next is not None:
             trace = trace.tb_next
-        at = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace is not None else "an unknown place"
+        at = "an unknown place"
+        if trace is not None:
+            file = Path(trace.tb_frame.f_code.co_filename)
+            at = f"{file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file}:{trace.tb_lineno}"
         raise SpecError([Diagnostic("FXC0714", f"{doing} for {spec} failed: {type(error).__name__}: {error}",
-                                    notes=(f"raised at {at}",))]) from error
+                                    notes=(f"raised at {at}",), help="mend it there; run it by itself to see the whole "
+                                    "traceback")]) from error
 
 
 def _make(spec: str, source: object) -> nn.Module:
     if isinstance(source, nn.Module):
         return source
     if not callable(source):
-        _fail("FXC0715", f"{spec} is a {type(source).__name__}, not a function that makes a model")
+        _fail("FXC0715", f"{spec} is a {type(source).__name__}, not a function that makes a model",
+              help_="name a function without arguments that returns a torch.nn.Module, or such a module")
     model = _run(spec, f"calling {spec.rpartition(':')[2]}()", source)
     if not isinstance(model, nn.Module):
         _fail("FXC0715", f"{spec} gave back a {type(model).__name__}, not a torch.nn.Module",
@@ -264,8 +269,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     problems = _misfits(wanted, stored)
     if problems:
         shown = problems[:12] + ([f"and {len(problems) - 12} more"] if len(problems) > 12 else [])
-        _fail("FXC0716", f"the weights in {path} are not those of this model: {len(problems)} of {len(wanted)} tensors "
-                         "don't fit", *shown, help_="name the model that the weights were saved from")
+        _fail("FXC0716", f"the weights in {path} are not those of this model: {len(problems)} tensors don't fit",
+              *shown, help_="name the model that the weights were saved from")
     model.load_state_dict(stored, strict=False)
 
 

@@ -27,7 +27,7 @@ from torch import Tensor, fx, nn
 
 from ..diagnostics import ArtifactError, Diagnostic
 from .artifact_graph import read_nodes, save_nodes
-from .artifact_json import Cursor, dump, fail, parse, printable
+from .artifact_json import Cursor, dump, fail, parse, printable, reason
 from .artifact_store import read, write
 from .artifact_tree import TreeEncoder, read_modes, read_modules, read_tensors
 from .artifact_values import UnsaveableError
@@ -84,7 +84,7 @@ def from_files(files: Mapping[str, bytes], device: torch.device) -> fx.GraphModu
     try:
         policy = files["policy.fxc"].decode("utf-8")
     except UnicodeDecodeError as error:
-        fail("FXC0604", "policy.fxc is not UTF-8 text", printable(str(error), 160))
+        fail("FXC0604", "policy.fxc is not UTF-8 text", reason(error))
     module.meta[META] = {"policy": policy, "plan": parse(files["plan.json"], "plan.json").value,
                          "report": parse(files["report.json"], "report.json").value}
     return module
@@ -127,7 +127,7 @@ def _weights(data: bytes) -> dict[str, Tensor]:
     try:
         return dict(safetensors.torch.load(data))
     except _BAD_WEIGHTS as error:
-        fail("FXC0607", "weights.safetensors can't be read", printable(str(error), 160))
+        fail("FXC0607", "weights.safetensors can't be read", reason(error))
 
 
 def _difference(document: Mapping[str, Any], again: Mapping[str, Any]) -> str:

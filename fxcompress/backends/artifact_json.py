@@ -15,6 +15,7 @@ from math import isfinite
 from typing import Any, NoReturn
 
 from ..diagnostics import ArtifactError, Diagnostic
+from ..render import clean
 
 MAX_DEPTH = 64
 MAX_NUMBER = 2**63  # what fits a tensor dimension
@@ -22,7 +23,7 @@ MAX_JSON_BYTES = 256 * 2**20
 HELP = "take the artifact from its source again, or compile it anew"
 
 IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}")
-SEGMENT = re.compile(r"[A-Za-z0-9_]{1,255}")
+SEGMENT = re.compile(r"[A-Za-z0-9_+:/@ -]{1,255}")  # of a module path: code quotes it, so no quotes and no backslash
 
 
 def fail(code: str, message: str, *notes: str, help_: str | None = HELP) -> NoReturn:
@@ -34,6 +35,12 @@ def printable(text: str, limit: int = 80) -> str:
     """`text` for a message: quoted, control characters escaped, cut at `limit`."""
     cut = text if len(text) <= limit else text[: limit - 3] + "..."
     return ascii(cut) if not cut.isprintable() else f"`{cut}`"
+
+
+def reason(error: Exception, limit: int = 200) -> str:
+    """What `error` says, on one line, fit for a note."""
+    text = clean(" ".join(str(error).split()))
+    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def _pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -59,7 +66,7 @@ def parse(data: bytes, name: str) -> Cursor:
     except RecursionError:
         fail("FXC0604", f"{name} is nested too deeply", f"at most {MAX_DEPTH} levels are read")
     except (ValueError, UnicodeDecodeError) as error:
-        fail("FXC0604", f"{name} is not a JSON document", printable(str(error), 160))
+        fail("FXC0604", f"{name} is not a JSON document", reason(error))
     _check_plain(value, name)
     return Cursor(value, name)
 
@@ -118,7 +125,7 @@ class Cursor:
         return name
 
     def path(self) -> str:
-        """A dotted module path: letters, digits and underscores between the dots, no dunder names."""
+        """A dotted module path: characters of `SEGMENT` between the dots, no dunder names."""
         name = self.text()
         parts = name.split(".")
         if not all(SEGMENT.fullmatch(part) for part in parts) or any(part.startswith("__") for part in parts):

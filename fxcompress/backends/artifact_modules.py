@@ -18,7 +18,7 @@ from torchvision.ops import StochasticDepth
 
 from ..graph.modules import keeps_forward, leaf_of
 from ..nn import ByMode, Mask
-from .artifact_json import Cursor, fail, printable
+from .artifact_json import Cursor, fail, printable, reason
 from .artifact_values import UnsaveableError
 
 _BAD_ARGUMENTS = (ValueError, TypeError, RuntimeError, ArithmeticError, AssertionError, LookupError, AttributeError)
@@ -176,7 +176,7 @@ def build(class_name: Cursor, arguments: Cursor) -> nn.Module:
     try:
         return on_meta(partial(row.cls, **values))
     except _BAD_ARGUMENTS as error:
-        fail("FXC0604", f"{arguments.place}: {name} can't be made from these arguments", printable(str(error), 160))
+        fail("FXC0604", f"{arguments.place}: {name} can't be made from these arguments", reason(error))
 
 
 def on_meta(make: Callable[[], nn.Module]) -> nn.Module:

@@ -23,7 +23,7 @@ from torch import fx
 
 from ..graph.opbase import Op
 from ..graph.ops import BY_TARGET, OPS, qualified_name
-from .artifact_json import fail, printable
+from .artifact_json import fail, printable, reason
 from .artifact_values import UnsaveableError
 
 READABLE = frozenset({"shape", "dtype", "device", "ndim", "T", "mT", "H", "mH", "real", "imag", "is_cuda",
@@ -93,7 +93,7 @@ def check_call(target: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappin
     try:
         values = op.bind(args, kwargs)
     except TypeError as error:
-        fail("FXC0604", f"{place}: the arguments don't fit the operator {op.name}", printable(str(error), 160))
+        fail("FXC0604", f"{place}: the arguments don't fit the operator {op.name}", reason(error))
     if op.target is getattr and (not isinstance(values["input"], fx.Node) or values["name"] not in READABLE):
         fail("FXC0606", f"{place}: the attribute {printable(str(values['name']))} may not be read",
              f"readable are {', '.join(sorted(READABLE))}")

@@ -17,7 +17,7 @@ from typing import Any
 from torch import fx
 
 from ..graph.captured import Captured
-from ..graph.layers import Layer, Sizes, Snapshot
+from .layers import Layer, Sizes, Snapshot
 from .rows import Model, open_model
 from .text import Table, count, macs, size, sparsity, totals
 

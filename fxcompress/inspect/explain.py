@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from html import escape
 from itertools import groupby
 from typing import Any
 
 from ..diagnostics import ArtifactError, Diagnostic, nearest
 from ..graph.captured import Origin
-from ..graph.layers import Layer, Snapshot
 from ..render import clean
-from .rows import Model, before_of, open_model
+from .layers import Layer, Snapshot
+from .rows import Model, open_model, plan_of
 from .text import count, macs
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """A layer (as it is, or as it was if it is gone), the rules that touched it, oldest first, and the layers that came
+    """A layer as it is (None for one that is gone), the rules that touched it, oldest first, and the layers that came
     of it."""
 
-    layer: Layer
+    label: str
+    kind: str
+    layer: Layer | None
     origins: tuple[Origin, ...]
-    gone: bool = False
     successors: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -32,11 +33,9 @@ class Explanation:
 
     def show(self) -> str:
         """The explanation as plain text."""
-        layer = self.layer
-        state = " (gone)" if self.gone else ""
-        lines = [f"{layer.label}: {layer.kind}{state}, {count(layer.params)} parameters, {macs(layer.macs)} MACs"]
-        if layer.source:
-            lines.append(f"  the model: {layer.source}")
+        lines = [f"{self.label}: {self.kind}, {self._state()}"]
+        if self.layer is not None and self.layer.source:
+            lines.append(f"  the model: {self.layer.source}")
         if self.successors:
             lines.append(f"  it became: {', '.join(self.successors)}")
         if not self.origins:
@@ -45,10 +44,16 @@ class Explanation:
             first = rule[0]
             lines += ["", f"  {number}. {first.verb}, phase {first.phase}, {first.place}", f"     {first.line}",
                       *(f"     {origin.detail}" for origin in rule)]
-            was = [name for name in dict.fromkeys(n for origin in rule for n in origin.was) if name != layer.name]
+            own = self.layer.name if self.layer is not None else ""
+            was = dict.fromkeys(name for origin in rule for name in origin.was if name != own)
             if was:
                 lines.append(f"     made from {', '.join(was)}")
         return "".join(f"{clean(line)}\n" for line in lines)
+
+    def _state(self) -> str:
+        if self.layer is None:
+            return "gone"
+        return f"{count(self.layer.params)} parameters, {macs(self.layer.macs)} MACs, shape {self.layer.shape}"
 
     def rules(self) -> list[list[Origin]]:
         """The entries of the provenance, those of one rule after the other together."""
@@ -59,9 +64,8 @@ class Explanation:
 
     def to_json(self) -> dict[str, Any]:
         """The explanation as plain data."""
-        return {"layer": self.layer.to_json(), "gone": self.gone, "successors": list(self.successors),
-                "rules": [{"verb": o.verb, "place": o.place, "line": o.line, "phase": o.phase, "detail": o.detail,
-                           "was": list(o.was)} for o in self.origins]}
+        return {"label": self.label, "kind": self.kind, "layer": self.layer.to_json() if self.layer else None,
+                "successors": list(self.successors), "rules": [asdict(origin) for origin in self.origins]}
 
     def _repr_html_(self) -> str:
         return f"<pre>{escape(self.show())}</pre>"
@@ -72,16 +76,18 @@ def explain(model: Model, layer: str) -> Explanation:
     folder. Raises ArtifactError: FXC0613 with the nearest names for a layer that isn't there, and for a damaged
     folder."""
     opened = open_model(model)
-    now, before = Snapshot.of(opened).layers, before_of(opened)
+    now = Snapshot.of(opened).layers
     found = _find(now, layer)
     if found is not None:
-        return Explanation(found, found.origins)
-    old = _find(before.layers, layer) if before is not None else None
-    if old is not None:
-        heirs = [row for row in now if any(old.name in origin.was for origin in row.origins)]
-        origins = dict.fromkeys(o for row in heirs for o in row.origins if old.name in o.was)
-        return Explanation(old, tuple(origins), gone=True, successors=tuple(row.label for row in heirs))
-    raise _unknown(layer, (*now, *(before.layers if before is not None else ())))
+        return Explanation(found.label, found.kind, found, found.origins)
+    plan = plan_of(opened)
+    old = {row.path: row for row in plan.layers} if plan is not None else {}
+    if layer in old:
+        name = layer.replace(".", "_")
+        heirs = [row for row in now if any(name in origin.was for origin in row.origins)]
+        origins = dict.fromkeys(o for row in heirs for o in row.origins if name in o.was)
+        return Explanation(layer, old[layer].kind, None, tuple(origins), tuple(row.label for row in heirs))
+    raise _unknown(layer, [*(row.label for row in now), *old])
 
 
 def _find(rows: Sequence[Layer], name: str) -> Layer | None:
@@ -93,8 +99,8 @@ def _find(rows: Sequence[Layer], name: str) -> Layer | None:
     return inside[0] if len(inside) == 1 else None
 
 
-def _unknown(name: str, rows: Iterable[Layer]) -> ArtifactError:
-    known = list(dict.fromkeys(row.label for row in rows))
+def _unknown(name: str, labels: Iterable[str]) -> ArtifactError:
+    known = list(dict.fromkeys(labels))
     close = nearest(name, known)
     inside = [label for label in known if label.startswith(f"{name}.")]
     if inside:

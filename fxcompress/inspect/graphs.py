@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from ..graph.captured import Captured
-from ..graph.layers import layers_of
+from .layers import layers_of
 from .text import Table, count, macs
 
 

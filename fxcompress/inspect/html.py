@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from html import escape
 
-from ..diagnostics import PlanError
-from ..plan.model import Plan
 from .report import report
-from .rows import Model, meta_of, open_model
+from .rows import Model, open_model, plan_of
 
 _STYLE = """body{font:14px system-ui,sans-serif;margin:2em auto;max-width:80em;padding:0 1em;color:#222;background:#fff}
 table{border-collapse:collapse;margin:1em 0}th,td{padding:.2em .8em;text-align:left;border-bottom:1px solid #ddd}
@@ -19,7 +16,7 @@ table{border-collapse:collapse;margin:1em 0}th,td{padding:.2em .8em;text-align:l
 def html_page(model: Model, title: str | None = None) -> str:
     """The page for a captured or loaded graph or an artifact's folder. Raises ArtifactError for a damaged folder."""
     opened = open_model(model)
-    shown = report(opened, title or (str(model) if opened is not model else None))
+    shown = report(opened, name=title or (str(model) if opened is not model else None))
     plan = plan_of(opened)
     sections = [shown._repr_html_()]
     if plan is not None:
@@ -28,14 +25,3 @@ def html_page(model: Model, title: str | None = None) -> str:
         sections.append(f"<h4>policy</h4><pre>{escape(shown.policy)}</pre>")
     return (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(shown.name)}</title>'
             f"<style>{_STYLE}</style><body>{''.join(sections)}</body></html>\n")
-
-
-def plan_of(model: Model) -> Plan | None:
-    """The plan that `model` carries, None if it carries none or one of another format."""
-    data = meta_of(open_model(model)).get("plan")
-    if data is None:
-        return None
-    try:
-        return Plan.from_json(json.dumps(data))
-    except PlanError:
-        return None

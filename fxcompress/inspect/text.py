@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..graph.layers import Layer, Sizes
 from ..plan.text import amount
 from ..render import clean
+from .layers import Layer, Sizes
 
 NO_FIGURE = "-"
 
