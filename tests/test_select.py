@@ -95,7 +95,8 @@ class Heads(nn.Module):
 def test_heads_embeddings_and_recurrent_layers() -> None:
     attention = fxcompress.capture(Heads(), (torch.zeros(2, 7, 32),))
     assert len(select(attention, "scaled_dot_product_attention[heads == 4]")) == 1
-    text = fxcompress.capture(nn.Sequential(nn.Embedding(30, 12), nn.LSTM(12, 5)), (torch.zeros(2, 3, dtype=torch.long),))
+    model = nn.Sequential(nn.Embedding(30, 12), nn.LSTM(12, 5))
+    text = fxcompress.capture(model, (torch.zeros(2, 3, dtype=torch.long),))
     assert len(select(text, "embedding[embeddings == 30, embedding_dim == 12]")) == 1
     assert len(select(text, "lstm[hidden_size == 5]")) == 1
 
@@ -198,8 +199,8 @@ def failing(selector: str, name: str = "resnet18") -> list[str]:
 
 
 def test_what_is_empty_is_an_error_unless_it_is_optional() -> None:
-    for selector in ("lstm", '"layer9"', "conv2d[out_channels > 9k]", "conv2d >> linear", 'linear - "fc"', "conv2d & linear",
-                     "inputs_of(first(conv2d))"):
+    for selector in ("lstm", '"layer9"', "conv2d[out_channels > 9k]", "conv2d >> linear", 'linear - "fc"',
+                     "conv2d & linear", "inputs_of(first(conv2d))"):
         assert failing(selector), selector
         assert select(captured_of("resnet18"), selector, optional=True) == ()
 
@@ -234,7 +235,8 @@ def test_lets_are_followed_by_name_and_explained_where_they_stand() -> None:
 
 def test_openness() -> None:
     selecting = Selecting(captured_of("resnet18"), {"rest": parse_selector('"layer1" | conv2d')}, Sink())
-    for text in ("*", '"layer1"', '"layer1"[params > 1]', "inputs_of(conv2d)", "* - conv2d", '"a" | conv2d', "first(*)"):
+    for text in ("*", '"layer1"', '"layer1"[params > 1]', "inputs_of(conv2d)", "* - conv2d", '"a" | conv2d',
+                 "first(*)"):
         assert selecting.is_open(parse_selector(text)), text
     for text in ("conv2d", "conv2d[params > 1]", "conv2d - *", '"layer1" & conv2d', "conv2d >> *", "last(conv2d)"):
         assert not selecting.is_open(parse_selector(text)), text

@@ -17,7 +17,7 @@ from fxcompress.graph.captured import Captured
 from fxcompress.graph.pattern import MOST_REPETITIONS, PatternError, glob, regex
 from fxcompress.graph.select import operators, select
 
-STEADY = settings(deadline=None, derandomize=True, database=None, max_examples=60)
+STEADY = settings(deadline=None, derandomize=True, database=None, max_examples=40)
 Nodes = frozenset[fx.Node]
 
 
@@ -117,7 +117,7 @@ GLOBS = st.lists(st.one_of(PARTS, st.just("**"), st.from_regex(r"[ab*?]{1,3}", f
     lambda part: "**" not in part), st.just("[ab]*")), min_size=1, max_size=5)
 
 
-@settings(STEADY, max_examples=500)
+@settings(STEADY, max_examples=300)
 @given(GLOBS, st.lists(PARTS, min_size=1, max_size=5))
 def test_globs_match_as_defined(pattern: list[str], path: list[str]) -> None:
     assert glob(".".join(pattern)).matches(".".join(path)) == plainly(pattern, path)
@@ -142,7 +142,8 @@ def test_hostile_patterns_end() -> None:
     assert not glob(".".join(["**", "a*"] * 12 + ["b"])).matches(path)
     assert not glob(("*a" * 15) + "b.**").matches(path)
     for pattern in (r"(a+)+b", r"(a|a)*b", r"((a*)b?)*", r"(?:a+){2,}", r"(a?){30}b", "a*" * 10 + "b",
-                    "a?" * 30 + "a" * 30, r"(a+){9}", r"(.*)\1*(.*)*b", r"([ab]+.)+", "(?P<x>a+)+", "(a+){,}", "a{,}" * 5):
+                    "a?" * 30 + "a" * 30, r"(a+){9}", r"(.*)\1*(.*)*b", r"([ab]+.)+", "(?P<x>a+)+", "(a+){,}",
+                    "a{,}" * 5):
         with pytest.raises(PatternError):
             regex(pattern)
 
