@@ -56,7 +56,8 @@ def _div(rec: Recorder, source: Source, values: Values) -> Values | Done:
     mode = values.pop("rounding_mode", None)
     if _last(source).startswith("__r"):
         values["input"], values["other"] = values["other"], values["input"]
-    if mode == "floor":
+    whole = not any(isinstance(v, Tensor) and rec.dtype_of(v).is_floating_point for v in values.values())
+    if mode == "floor" and whole:  # of floats, `floor_divide` has no gradient
         return Done(rec.call("floor_divide", values["input"], values["other"]))
     if mode is not None:
         raise NoCanonicalForm
@@ -222,10 +223,12 @@ def _interpolate(rec: Recorder, source: Source, values: Values) -> Values:
 
 
 def _bernoulli(rec: Recorder, source: Source, values: Values) -> Values | Done:
-    if not source.in_place:
-        return values
-    p = values.get("p")
-    return Done(rec.call("bernoulli", rec.call("full_like", values["input"], 0.5 if p is None else p)))
+    if source.in_place:  # `x.bernoulli_(p)` doesn't look at `x`, but for a tensor of probabilities
+        p = values.get("p")
+        if isinstance(p, Tensor):
+            return {"input": rec.call("expand", p, tuple(rec.shape_of(values["input"])))}
+        values["p"] = 0.5 if p is None else p
+    return values
 
 
 def _einsum(rec: Recorder, source: Source, values: Values) -> Values:

@@ -176,8 +176,8 @@ def _export(model: nn.Module, example: Example, inputs: Inputs) -> ExportedProgr
     given = {name: map_tensors(value, grow) for name, value in inputs.values.items()}
     args = tuple(list(given.values())[:inputs.positional])
     kwargs = dict(list(given.items())[inputs.positional:])
-    shapes = {**{name: dims(value) for name, value in zip(_parameters(model, len(args)), args, strict=True)},
-              **{name: dims(value) for name, value in kwargs.items()}}
+    bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    shapes = {name: dims(value) for name, value in bound.items()}
     try:
         return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     except RAISED_BY_MODELS as error:
@@ -287,9 +287,3 @@ class _Replay:
             return self._graph(args[4], list(args[5:]))
         self.recorder.refuse(f"the model uses `{name}`")
 
-
-def _parameters(model: nn.Module, count: int) -> list[str]:
-    """What `torch.export` calls the first `count` positional inputs."""
-    names = [p.name for p in inspect.signature(model.forward).parameters.values()
-             if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return names[:count]

@@ -85,7 +85,22 @@ class Fakes:
                 return _FUNCTIONS[kind](self, module, *args)
             state = {name: self.of(t) for name, t in module.named_parameters(remove_duplicate=False)}
             state |= {name: self.of(t) for name, t in module.named_buffers(remove_duplicate=False)}
-            return functional_call(module, state, args, dict(kwargs))
+            with _flat_weights(self, module):
+                return functional_call(module, state, args, dict(kwargs))
+
+
+@contextmanager
+def _flat_weights(fakes: Fakes, module: nn.Module) -> Iterator[None]:
+    """Recurrent layers keep a list of their weights beside their parameters."""
+    flat = module.__dict__.get("_flat_weights")
+    if flat is None:
+        yield
+        return
+    module.__dict__["_flat_weights"] = [fakes.of(weight) for weight in flat]
+    try:
+        yield
+    finally:
+        module.__dict__["_flat_weights"] = flat
 
 
 def _weights(fakes: Fakes, module: nn.Module) -> tuple[Tensor, Tensor | None]:

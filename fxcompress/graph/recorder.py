@@ -26,7 +26,8 @@ from .writes import WRITES, overwrite
 
 _RANDOM = {"rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "rand_like", "randn_like", "randint_like",
            "poisson", "normal_", "uniform_", "bernoulli_", "exponential_", "random_", "log_normal_", "cauchy_", "geometric_"}
-_NO_GRAPH = {"__bool__", "item", "tolist", "__float__", "__int__", "__index__", "numpy", "__array__", "__contains__", "__complex__"}
+_NO_GRAPH = {"__bool__", "item", "tolist", "__float__", "__int__", "__index__", "numpy", "__array__", "__contains__", "__complex__",
+             "_local_scalar_dense"}
 
 
 class BatchFixedError(Exception):
@@ -152,7 +153,7 @@ class Recorder:
     def record(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Record the call `function(*args, **kwargs)` and give back its value: fake tensors, numbers, or real tensors
         where everything it depends on is constant."""
-        name = getattr(function, "__name__", "")
+        name = getattr(function, "__name__", "").partition(".")[0]  # ATen's `add.Tensor` is `add`
         if not self._depends(args, kwargs) and name not in _RANDOM:
             return function(*args, **kwargs)
         if name in WRITES:

@@ -140,8 +140,7 @@ def _nothing(rec: Recorder, *args: Any, **kwargs: Any) -> None:
 
 
 WRITES: Mapping[str, Callable[..., Any]] = {
-    "__setitem__": set_item, "copy_": _copy, "copy_.default": _copy, "zero_": _zero, "zero_.default": _zero, "fill_": _fill,
-    "fill_.Scalar": _fill, "fill_.Tensor": _fill, "requires_grad_": _requires_grad, "__len__": _length, "size": _size,
-    "sym_size.int": _size, "_assert": _nothing, "_assert_async.msg": _nothing, "_assert_scalar.default": _nothing,
-    "_assert_tensor_metadata.default": _nothing,
+    "__setitem__": set_item, "copy_": _copy, "zero_": _zero, "fill_": _fill, "requires_grad_": _requires_grad,
+    "__len__": _length, "size": _size, "sym_size": _size, "_assert": _nothing, "_assert_async": _nothing,
+    "_assert_scalar": _nothing, "_assert_tensor_metadata": _nothing,
 }
