@@ -242,7 +242,8 @@ def _figures() -> str:
         argument = {"none": "", "optional": "(selector)", "selector": "(selector)",
                     "output": "(output)"}[metric.argument]
         rows.append((f"`{name}{argument}`", "yes" if metric.budget else "", "yes" if metric.expect else "",
-                     f"`{metric.example}`{', `55% of dense`' if metric.relative else ''}" if metric.example else "", metric.doc))
+                     f"`{metric.example}`{', `55% of dense`' if metric.relative else ''}" if metric.example else "",
+                     metric.doc))
     return f"""
 ## Budgets and expectations
 

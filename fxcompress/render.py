@@ -94,7 +94,7 @@ def _snippet(source: Source, labels: Sequence[tuple[Label, bool]], gutter: int, 
             pieces.append(("...\n", "frame"))
         previous = number
         text = _Line(source, number, [label.span for label, _ in here])
-        pieces += [(f"{number:>{gutter}} | ", "frame"), (f"{text.shown}\n", "")]
+        pieces += [(f"{number:>{gutter}} |", "frame"), (f" {text.shown}".rstrip() + "\n", "")]
         pieces += _marks(text, here, edge, severity)
     return pieces
 

@@ -9,7 +9,8 @@ STEADY = settings(deadline=None, derandomize=True, database=None)  # the same ex
 
 NAMES = st.from_regex(r"[a-z][a-z0-9_]{0,8}", fullmatch=True).map(lambda name: f"{name}_x")
 NUMBERS = st.one_of(st.integers(0, 10**6).map(str), st.decimals(0, 1000, places=3).map(str))
-QUANTITIES = st.tuples(NUMBERS, st.sampled_from(("%", " %", "k", " M", " KiB", "MiB", " bits", " steps", " epoch", "ms"))
+QUANTITIES = st.tuples(NUMBERS,
+                       st.sampled_from(("%", " %", "k", " M", " KiB", "MiB", " bits", " steps", " epoch", "ms"))
                        ).map("".join)
 STRINGS = st.from_regex(r'"(layer|[a-z*.]|\\"|\\\\|ö){0,8}"', fullmatch=True)
 VALUES = st.one_of(NUMBERS, QUANTITIES, STRINGS, NAMES, st.sampled_from(("2:4", "true", "- 3", 're"a\\.b"', "*")))
@@ -74,8 +75,10 @@ def policies(draw: st.DrawFn) -> str:
     return f"{head}policy {draw(NAMES)}{params} {{{body}{draw(BREAKS)}}}{draw(BREAKS)}"
 
 
-PIECES = ("1e999", "1e308 GB", "{", "}", "(", ")", "[", "]", "=", "==", '"', 're"', "\n", ",", "->", "<-", ">>", "..", "phase", "policy", "let",
-          "use", "mask", "conv2d", "3", "60%", "2:4", "*", "-", "|", "of", "over", "after", "as", "#", "ö", "\0", "\t", "\r",
+PIECES = ("1e999", "1e308 GB", "{", "}", "(", ")", "[", "]", "=", "==", '"', 're"', "\n", ",", "->", "<-", ">>", "..",
+          "phase", "policy", "let",
+          "use", "mask", "conv2d", "3", "60%", "2:4", "*", "-", "|", "of", "over", "after", "as", "#", "ö", "\0", "\t",
+          "\r",
           ":", "else", "for", "preset", "budget", "expect", "pair", "optional", "\ufeff", "“", "\x1b[31m")
 
 

@@ -12,7 +12,8 @@ from fxcompress.diagnostics import PolicyError
 from fxcompress.policy import check_source, instantiate, load_policy, parse, parse_selector
 from fxcompress.policy.kinds import DTYPES, HELPERS, INPUT_DTYPES, KINDS, PREDICATES
 from fxcompress.policy.model import Action, Policy
-from fxcompress.policy.selector import Everything, Flow, Helper, Kind, Path as PathGlob, Predicate, Ref, SetOp, Where
+from fxcompress.policy.selector import Everything, Flow, Helper, Kind, Predicate, Ref, SetOp, Where
+from fxcompress.policy.selector import Path as PathGlob
 from fxcompress.policy.values import Call, Duration, NofM, Ramp, Unset, Window
 from fxcompress.source import Source, Span
 
@@ -79,11 +80,13 @@ def test_values(text: str, value: tuple[str, object]) -> None:
     ("amount = 60", "FXC0105", "60%"), ("amount = 0.6", "FXC0105", "60%"), ("amount = 101%", "FXC0106", None),
     ("amount = cubic(0% -> 160%)", "FXC0106", None), ("amount = cubic(0 -> 60%)", "FXC0105", "0%"),
     ("amount = cubic(60%)", "FXC0105", None), ("amount = qubic(0% -> 6%)", "FXC0116", "cubic"),
-    ("amount = 3 MiB", "FXC0105", None), ("plain = 60%", "FXC0106", None), ("plain = cubic(0% -> 60%)", "FXC0105", None),
+    ("amount = 3 MiB", "FXC0105", None), ("plain = 60%", "FXC0106", None),
+    ("plain = cubic(0% -> 60%)", "FXC0105", None),
     ("rate = 50%", "FXC0105", "0.5"), ("rate = 3", "FXC0106", None), ("number = 0.5", "FXC0105", None),
     ("number = 2M", None, None), ("number = 3M", "FXC0106", None), ("flag = on", "FXC0105", "true"),
     ("flag = 1", "FXC0105", None), ("width = 4", "FXC0105", "4 bits"), ("width = 16 bits", "FXC0106", None),
-    ("every = 100", "FXC0105", "100 steps"), ("every = 3 samples", "FXC0105", None), ("every = 0 steps", "FXC0106", None),
+    ("every = 100", "FXC0105", "100 steps"), ("every = 3 samples", "FXC0105", None),
+    ("every = 0 steps", "FXC0106", None),
     ("mode = fats", "FXC0116", "fast"), ('mode = "fast"', "FXC0105", "fast"), ("keep = 4:2", "FXC0106", None),
     ("keep = 2", "FXC0105", None), ("shape = block(4)", "FXC0105", None), ("shape = block(0, 4)", "FXC0106", None),
     ("shape = rows", "FXC0116", "row"), ("label = conv1", "FXC0105", '"conv1"'),
@@ -111,7 +114,8 @@ def test_fixes_mend(text: str, code: str, fix: str) -> None:
     ("*", Everything(NOWHERE)),
     ("conv2d", Kind("conv2d", NOWHERE)),
     ('"layer*.conv1"', PathGlob("layer*.conv1", NOWHERE)),
-    ("conv2d >> batchnorm2d >> relu", Flow((Kind("conv2d", NOWHERE), Kind("batchnorm2d", NOWHERE), Kind("relu", NOWHERE)),
+    ("conv2d >> batchnorm2d >> relu",
+     Flow((Kind("conv2d", NOWHERE), Kind("batchnorm2d", NOWHERE), Kind("relu", NOWHERE)),
                                            NOWHERE)),
     ("conv2d - linear - relu", SetOp("-", (Kind("conv2d", NOWHERE), Kind("linear", NOWHERE), Kind("relu", NOWHERE)),
                                      NOWHERE)),
@@ -130,8 +134,10 @@ def test_selectors(text: str, selector: object) -> None:
 
 
 @pytest.mark.parametrize("text", [
-    "", "conv2d |", "conv2d linear", "50%", "conv2d | linear - relu", "convd2", "frist(conv2d)", "first()", "first(conv2d, 0)",
-    "conv2d[nam ~ \"x\"]", "conv2d[name > 3]", 'conv2d[name ~ re"("]', "conv2d[64 <= params]", "conv2d[params > 3 steps]",
+    "", "conv2d |", "conv2d linear", "50%", "conv2d | linear - relu", "convd2", "frist(conv2d)", "first()",
+    "first(conv2d, 0)",
+    "conv2d[nam ~ \"x\"]", "conv2d[name > 3]", 'conv2d[name ~ re"("]', "conv2d[64 <= params]",
+    "conv2d[params > 3 steps]",
     'conv2d[name ~ re"[[a]"]', "(" * 100, '"' + "x" * 300 + '"', "channels(conv2d)", "body",
 ])
 def test_wrong_selectors(text: str) -> None:
@@ -169,7 +175,8 @@ def test_teacher_and_pairs() -> None:
 
 
 def test_parameters_are_filled_in() -> None:
-    text = """policy p(a: percent = 60%, n: int, on: bool = false, who: text = "layer1", how: text = "slow", r: number = 1) {
+    text = """policy p(a: percent = 60%, n: int, on: bool = false, who: text = "layer1", how: text = "slow", r: number =
+    1) {
     phase a_phase over epochs 0..9 {
         toy who { amount = cubic(0% -> a), number = n, flag = on, mode = how, rate = r }
         toy conv2d[params > n, name ~ who] { amount = a }
@@ -284,14 +291,16 @@ expect macs <= 60% of dense""")
     assert [(item.metric, item.op, item.limit, item.relative, item.why) for item in policy.expects] == [
         ("count", "==", 19, False, None), ("drift", "<", 0.05, False, "why"), ("unchanged", None, None, False, None),
         ("sparsity", ">=", 0.5, False, None), ("sparsity", ">=", 0.5, False, None), ("macs", "<=", 0.6, True, None)]
-    assert [type(item.argument).__name__ for item in policy.expects] == ["Kind", "str", "Kind", "NoneType", "Kind", "NoneType"]
+    assert [type(item.argument).__name__ for item in policy.expects] == ["Kind", "str", "Kind", "NoneType", "Kind",
+                                                                         "NoneType"]
 
 
 @pytest.mark.parametrize(("text", "code"), [
     ("toy relu { amount = 5% }", "FXC0137"), ("let a = relu\n toy first(a)[params > 3] { amount = 5% }", "FXC0137"),
     ("toy conv2d | relu { amount = 5% }", None), ("toy * { amount = 5% }", None),
     ("toy relu | silu { amount = 5% }", "FXC0137"), ("take conv2d { ratio = 5% }", "FXC0115"),
-    ("take heads(*) {}", "FXC0103"), ("take heads(*)", "FXC0103"), ("toy conv2d { flag = true, mode = slow }", "FXC0500"),
+    ("take heads(*) {}", "FXC0103"), ("take heads(*)", "FXC0103"),
+    ("toy conv2d { flag = true, mode = slow }", "FXC0500"),
     ("toy { amount = 5% }", "FXC0144"), ("toy conv2d as x", "FXC0117"), ("toy conv2d as a as b", "FXC0104"),
     ("preset a for toy {}", "FXC0011"), ("use \"std/prune.fxc\"", "FXC0011"), ("let toy = 3", "FXC0139"),
     ("target cpu, target cpu", "FXC0104"), ("input x: f33[3]", "FXC0128"), ("input x: f32[]", None),

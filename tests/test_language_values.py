@@ -32,9 +32,11 @@ def test_python_values_and_texts_alike() -> None:
 @pytest.mark.parametrize("wrong", [
     {"amount": 60}, {"amount": "60"}, {"amount": True}, {"amount": math.nan}, {"amount": Ramp("cubic", 0, 2)},
     {"amount": Ramp("qubic", 0, 0.5)}, {"plain": Ramp("cubic", 0.1, 0.2)}, {"rate": math.inf}, {"rate": "x"},
-    {"number": 1.5}, {"number": True}, {"number": math.inf}, {"flag": 1}, {"width": 64}, {"every": 100}, {"every": "100"},
+    {"number": 1.5}, {"number": True}, {"number": math.inf}, {"flag": 1}, {"width": 64}, {"every": 100},
+    {"every": "100"},
     {"every": Duration(3, "samples")}, {"mode": "fats"}, {"mode": None}, {"keep": NofM(4, 2)}, {"keep": "4:2"},
-    {"shape": Call("block", (0, 4))}, {"shape": "block(4)"}, {"shape": ("block", 4)}, {"label": 3}, {"amount": "60% of dense"},
+    {"shape": Call("block", (0, 4))}, {"shape": "block(4)"}, {"shape": ("block", 4)}, {"label": 3},
+    {"amount": "60% of dense"},
     {"amount": ""}, {"amount": "(" * 1000},
 ])
 def test_wrong_python_values(wrong: dict[str, object]) -> None:
@@ -43,7 +45,9 @@ def test_wrong_python_values(wrong: dict[str, object]) -> None:
     assert all(item.code.startswith("FXC0") for item in error.value.diagnostics)
 
 
-@pytest.mark.parametrize("type_", [Percent(ramp=True), Percent(0.2, 0.4), Number(-1, 1, ramp=True), Integer(2, 9), Bits(), Time(),
+@pytest.mark.parametrize("type_",
+                         [Percent(ramp=True), Percent(0.2, 0.4), Number(-1, 1, ramp=True), Integer(2, 9), Bits(),
+                          Time(),
                                    Boolean(), Choice(("a", "b")), Text(), Registered("SCORES")])
 def test_shown_values_read_back(type_: ValueType) -> None:
     tree, problems = parse_expression(Source("v", type_.example))

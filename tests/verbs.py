@@ -42,7 +42,8 @@ class Toy(Pass):
     calibrate: object = param(Time(("samples",)), "samples", None)
     mode: object = param(Choice(("fast", "slow")), "a choice", "fast")
     keep: object = param(Ratio(), "n of m", None)
-    shape: object = param(OneOf((Choice(("row", "column")), Ratio(), CallOf("block", (Integer(1), Integer(1))))), "a shape",
+    shape: object = param(OneOf((Choice(("row", "column")), Ratio(), CallOf("block", (Integer(1), Integer(1))))),
+                          "a shape",
                           "row")
     label: object = param(Text(), "a text", "")
 
@@ -61,7 +62,8 @@ class Learn(Pass):
     takes_teacher: ClassVar[bool] = True
     pairs: ClassVar[bool] = True
     pair_params: ClassVar[tuple[Param, ...]] = (
-        Param("weight", Percent(), "its share", None, True), Param("loss", Choice(("kl", "mse")), "its loss", "kl", False))
+        Param("weight", Percent(), "its share", None, True),
+        Param("loss", Choice(("kl", "mse")), "its loss", "kl", False))
 
 
 @dataclass(frozen=True)

@@ -246,7 +246,7 @@ class _Checker:
         for name, item in fine.items():
             used, self.scope.used = self.scope.used, set()
             read[name] = read_selector(item.value, self.scope)
-            refers[name] = tuple(other for other in fine if other in self.scope.used)
+            refers[name] = tuple(sorted(self.scope.used & fine.keys()))
             self.scope.used |= used
         ordered = self._ordered(fine, refers)
         return {name: found for name in ordered if (found := read[name]) is not None}

@@ -60,7 +60,8 @@ def identity(source: Source) -> str:
 
 @dataclass
 class Library:
-    """Reads used files, each once. `seen` has their presets by resolved path, None while their own uses are followed."""
+    """Reads used files, each once. `seen` has their presets by resolved path, None while their own uses are
+    followed."""
 
     sink: Sink
     seen: dict[str, dict[str, ast.PresetDecl] | None] = field(default_factory=dict)
@@ -94,7 +95,8 @@ class Library:
         key = identity(loaded)
         if key not in self.seen:
             if list(self.seen.values()).count(None) >= MAX_DEEP:
-                self.sink.error("FXC0008", f"files use each other more than {MAX_DEEP} deep", use.path.span, "one too many",
+                self.sink.error("FXC0008", f"files use each other more than {MAX_DEEP} deep", use.path.span,
+                                "one too many",
                                 help="use the last files from the policy itself")
                 return None
             self.seen[key] = None
