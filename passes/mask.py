@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from fxcompress.graph.captured import Captured
     from fxcompress.graph.site import Change, Outcome, Scheduled, Site
-    from fxcompress.passes.shared.masking import Masked
+    from fxcompress.passes.shared.masking import Masked, Masking
     from fxcompress.passes.shared.selection import Ranking, Target
 
 _GRANULARITY = OneOf((Choice(("weight", "row", "column")), Ratio(), CallOf("block", (Integer(low=1), Integer(low=1)))))
@@ -92,6 +92,7 @@ class Mask(Pass):
         divide), FXC0505 (a frozen weight under a score that wants its gradient), FXC0506 (nothing to mask).
         """
         from fxcompress.graph.site import Outcome
+        from fxcompress.passes.shared.masking import Masking
         from fxcompress.passes.shared.scores import score_of
         from fxcompress.passes.shared.selection import Ranking
         from fxcompress.passes.shared.units import units_of
@@ -99,10 +100,11 @@ class Mask(Pass):
         ranking = Ranking(score_of(self.by), units_of(self.granularity), self.scope == "global", self.regrow,
                           site.seed if self.seed is None else self.seed)
         wanted, notes = self._wanted(graph, site)
-        problems = [self._problem(graph, site, node, name, ranking) for node, name in wanted]
+        masking = Masking(graph)
+        problems = [self._problem(masking, site, node, name, ranking) for node, name in wanted]
         if any(problems):
             raise PlanError(problem for problem in problems if problem is not None)
-        targets = self._insert(graph, site, wanted, ranking, notes)
+        targets = self._insert(masking, site, wanted, ranking, notes)
         write, ramp = partial(ranking.select, targets), self.target
         done = graph.concrete and not isinstance(ramp, Ramp) and write(ramp)
         once = done and self.every is None and self.rewind == "none"
@@ -127,17 +129,17 @@ class Mask(Pass):
         raise PlanError([Diagnostic("FXC0506", f"nothing selected has a {self.parameter}", _place(site), help="select "
                                     "layers that have one, or say `parameter = weight`")])
 
-    def _problem(self, graph: Captured, site: Site, node: fx.Node, name: str, ranking: Ranking) -> Diagnostic | None:
+    def _problem(self, masking: Masking, site: Site, node: fx.Node, name: str, ranking: Ranking) -> Diagnostic | None:
         """Why this parameter can't be masked as asked."""
         from fxcompress.graph.ops import path_of
-        from fxcompress.passes.shared.masking import layout_of, parameter_of, why_not
+        from fxcompress.passes.shared.masking import layout_of, parameter_of
 
         path = path_of(node)
         without = f'leave it out: `mask {_less(site.selection, path)}`'
-        why = why_not(graph, node, name)
+        why = masking.why_not(node, name)
         if why is not None:
             return Diagnostic("FXC0510", f"`{path}` can't be masked: {why}", _place(site), help=without)
-        tensor = graph.module.get_parameter(str(parameter_of(node, name)))
+        tensor = masking.captured.module.get_parameter(str(parameter_of(node, name)))
         why = ranking.units.misfit(layout_of(node, name).cube_shape(tensor.shape))
         if why is not None:
             return Diagnostic("FXC0504", f"`{path}` can't be masked by `{self.granularity}`: {why}", _place(site),
@@ -147,22 +149,23 @@ class Mask(Pass):
                               _place(site), help=f"set `requires_grad`, or {without}")
         return None
 
-    def _insert(self, graph: Captured, site: Site, wanted: list[tuple[fx.Node, str]], ranking: Ranking,
+    def _insert(self, masking: Masking, site: Site, wanted: list[tuple[fx.Node, str]], ranking: Ranking,
                 notes: list[str]) -> list[Target]:
         """Put the masks in; a tensor that is met twice gets one."""
         from fxcompress.graph.ops import arguments
         from fxcompress.graph.provenance import touch
-        from fxcompress.passes.shared.masking import insert_mask
 
+        graph = masking.captured
         before = {node: node.target for node in graph.graph.nodes}
         found: dict[str, Target] = {}
+        selected = {node for node, _ in wanted}
         for node, name in wanted:
-            masked = insert_mask(graph, node, name, ranking.score.needs)
+            masked = masking.insert(node, name, ranking.score.needs)
             if masked.mask in found:
                 continue
             bias = None
             if self.parameter == "all" and self.granularity == "row" and arguments(node).get("bias") is not None:
-                bias = insert_mask(graph, node, "bias", "none")
+                bias = masking.insert(node, "bias", "none")
             found[masked.mask] = _target(graph, node, name, masked, bias)
             touch(node, self, site, f"{masked.parameter} masked, {self._amount()} by {self.by}")
             notes.extend(f"`{other.target}` is the same tensor as `{masked.parameter}`: both see its mask"
@@ -170,7 +173,7 @@ class Mask(Pass):
         for node in graph.graph.nodes:
             if node not in before:
                 touch(node, self, site, "made for a mask", was=(user.name for user in node.users if user in before))
-            elif before[node] != node.target and node not in {each for each, _ in wanted}:
+            elif before[node] != node.target and node not in selected:
                 touch(node, self, site, "reads a weight that is masked elsewhere")
         return list(found.values())
 

@@ -86,8 +86,8 @@ def test_equal_to_torch_layer_by_layer(
     assert_same(masks(ours), torch_masks(MODELS[model][0], how))
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("sparsity", [0.0, 0.123, 0.9, 1.0])
+@pytest.mark.parametrize(("model", "sparsity"), [
+    ("lenet", 0.0), ("lenet", 0.123), ("lenet", 0.9), ("lenet", 1.0), ("resnet18", 0.8)])
 def test_equal_to_torch_globally(model: str, sparsity: float) -> None:
     dense = copy.deepcopy(MODELS[model][0])
     pairs = [(layer, "weight") for layer in layers(dense).values()]

@@ -68,13 +68,6 @@ class Mask(nn.Module):
         if self.stale is not None:
             self.stale.fill_(True)
 
-    def take(self, dim: int, index: Tensor) -> None:
-        """Keep only the entries `index` along `dim`, as the parameter was cut."""
-        for name in ("mask", "evidence"):
-            buffer = getattr(self, name)
-            if buffer is not None:
-                setattr(self, name, buffer.index_select(dim, index.to(buffer.device)))
-
     def masked(self) -> int:
         """How many entries are masked."""
         return int(self.mask.numel() - self.mask.sum())

@@ -36,54 +36,69 @@ def parameter_of(node: fx.Node, name: str) -> str | None:
     return str(value.target) if isinstance(value, fx.Node) and value.op == "get_attr" else None
 
 
-def same_parameter(captured: Captured, name: str) -> tuple[list[fx.Node], list[fx.Node]]:
-    """The `get_attr` nodes and the module calls that read the very tensor called `name`, under whatever name."""
-    tensor = captured.module.get_parameter(name)
-    reads, calls = [], []
-    for node in captured.module.graph.nodes:
-        if node.op == "get_attr" and _tensor(captured.module, str(node.target)) is tensor:
-            reads.append(node)
-        elif node.op == "call_module" and any(p is tensor for p in module_of(node).parameters()):
-            calls.append(node)
-    return reads, calls
-
-
 def _tensor(module: nn.Module, name: str) -> object:
     owner, _, leaf = name.rpartition(".")
     return getattr(module.get_submodule(owner), leaf, None)
 
 
-def why_not(captured: Captured, node: fx.Node, name: str) -> str | None:
-    """Why the parameter that is argument `name` of `node` can't get a mask, or None."""
-    parameter = parameter_of(node, name)
-    if parameter is None:
-        return f"its {name} is computed in the model, it isn't a parameter"
-    if not isinstance(_tensor(captured.module, parameter), nn.Parameter):
-        return f"its {name} is a buffer, not a parameter"
-    for call in same_parameter(captured, parameter)[1]:
-        why = unexposable(call)
-        if why is not None:
-            return why if call is node else f"`{call.target}` uses the same tensor, and {why}"
-    return None
+class Masking:
+    """Puts masks into one graph. It knows which nodes read each tensor, under whatever name."""
 
+    def __init__(self, captured: Captured) -> None:
+        """Looks at every node once."""
+        self.captured = captured
+        self.readers: dict[int, list[fx.Node]] = {}  # by the identity of the tensor: `get_attr` nodes, calls of modules
+        for node in captured.graph.nodes:
+            for tensor in self._read(node):
+                self.readers.setdefault(id(tensor), []).append(node)
 
-def insert_mask(captured: Captured, node: fx.Node, name: str, evidence: Evidence) -> Masked:
-    """Put a mask on the parameter that is argument `name` of `node`, or find the one that is there.
+    def _read(self, node: fx.Node) -> list[object]:
+        if node.op == "get_attr":
+            return [_tensor(self.captured.module, str(node.target))]
+        return list(module_of(node).parameters()) if node.op == "call_module" else []
 
-    All readers of the tensor see the mask, through whatever name they read it: a tensor that is tied can't be masked
-    for one of its uses only. Ask `why_not` first.
-    """
-    parameter = parameter_of(node, name)
-    assert parameter is not None
-    for call in same_parameter(captured, parameter)[1]:
-        expose(captured, call)
-    readers = same_parameter(captured, parameter)[0]
-    old = [user for reader in readers for user in reader.users if kind_of(user) == "mask"]
-    target = str(old[0].target) if old else f"{parameter}_mask"
-    if not old or module_of(old[0]).collects != evidence:
-        _put_module(captured, target, parameter, evidence)
-    calls = tuple(old) or tuple(_call(captured, reader, target) for reader in readers)
-    return Masked(parameter, target, tuple(readers), calls, fresh=not old)
+    def of(self, name: str) -> list[fx.Node]:
+        """The nodes that read the very tensor called `name`."""
+        return self.readers.get(id(_tensor(self.captured.module, name)), [])
+
+    def why_not(self, node: fx.Node, name: str) -> str | None:
+        """Why the parameter that is argument `name` of `node` can't get a mask, or None."""
+        parameter = parameter_of(node, name)
+        if parameter is None:
+            return f"its {name} is computed in the model, it isn't a parameter"
+        if not isinstance(_tensor(self.captured.module, parameter), nn.Parameter):
+            return f"its {name} is a buffer, not a parameter"
+        for call in self.of(parameter):
+            why = unexposable(call) if call.op == "call_module" else None
+            if why is not None:
+                return why if call is node else f"`{call.target}` uses the same tensor, and {why}"
+        return None
+
+    def insert(self, node: fx.Node, name: str, evidence: Evidence) -> Masked:
+        """Put a mask on the parameter that is argument `name` of `node`, or find the one that is there.
+
+        All readers of the tensor see the mask, through whatever name they read it: a tensor that is tied can't be
+        masked for one of its uses only. Ask `why_not` first.
+        """
+        parameter = parameter_of(node, name)
+        assert parameter is not None
+        for call in [reader for reader in self.of(parameter) if reader.op == "call_module"]:
+            self._expose(call)
+        readers = self.of(parameter)
+        old = [user for reader in readers for user in reader.users if kind_of(user) == "mask"]
+        target = str(old[0].target) if old else f"{parameter}_mask"
+        if not old or mask_module(self.captured, target).collects != evidence:
+            _put_module(self.captured, target, parameter, evidence)
+        calls = tuple(old) or tuple(_call(self.captured, reader, target) for reader in readers)
+        return Masked(parameter, target, tuple(readers), calls, fresh=not old)
+
+    def _expose(self, call: fx.Node) -> None:
+        for tensor in self._read(call):
+            self.readers[id(tensor)].remove(call)
+        expose(self.captured, call)
+        for reader in call.all_input_nodes:
+            if reader.op == "get_attr":
+                self.readers.setdefault(id(_tensor(self.captured.module, str(reader.target))), []).append(reader)
 
 
 def _put_module(captured: Captured, target: str, parameter: str, evidence: Evidence) -> None:
