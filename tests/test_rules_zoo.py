@@ -47,3 +47,24 @@ def test_heads_merged_with_a_computed_batch(batch: int) -> None:
     thin, _ = removed(model, torch.randn(batch, 6, 4, 4))
     assert thin.module.get_parameter("qkv.weight").shape == (48, 6, 1, 1)
     assert thin.module.get_parameter("table").shape == (5, 8)
+
+
+class _Standardised(nn.Module):
+    """A convolution whose weight is standardised by a batch norm over all it reads (as in NFNet)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3)
+        self.last, self.head = nn.Conv2d(6, 8, 1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = nn.functional.batch_norm(self.second.weight.reshape(1, 6, -1), None, None, training=True)
+        x = nn.functional.conv2d(self.first(x).relu(), weight.reshape_as(self.second.weight), self.second.bias)
+        return self.head(self.last(x).relu())
+
+
+def test_statistics_of_a_weight_make_what_it_reads_inexact() -> None:
+    torch.manual_seed(0)
+    thin, outcome = removed(_Standardised(), torch.randn(2, 3, 8, 8))
+    assert any(note.startswith("inexact: batchnorm") and note.endswith("concerns first") for note in outcome.notes)
+    assert thin.module.get_parameter("second.weight").shape == (3, 4, 3, 3)

@@ -25,7 +25,11 @@ def per_channel(flow: Flow, node: fx.Node, args: Mapping[str, Any]) -> Value:
     dims = flow.of(args["input"])
     kind = node.meta["fxc"].kind
     unbatched = kind.startswith("instancenorm") and kind[-1] == "d" and len(dims) == int(kind[-2]) + 1
-    return _tied(flow, args, dims, 0 if unbatched else 1)
+    channel = 0 if unbatched else 1
+    if kind.startswith("instancenorm") or args.get("running_mean", node) is None or args.get("training") is True:
+        for place in set(range(len(dims))) - {channel}:
+            flow.notice(dims[place], "normalises over it")
+    return _tied(flow, args, dims, channel)
 
 
 def _tied(flow: Flow, args: Mapping[str, Any], dims: tuple[Dim, ...], channel: int) -> Value:
