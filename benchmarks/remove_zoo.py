@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -39,7 +40,7 @@ Row = dict[str, Any]
 
 def run(entry: Entry, core: int, limit: float, *options: str) -> Row:
     """What the worker says of one model; a death or a timeout is a result too."""
-    command = [sys.executable, str(WORKER), entry.suite, entry.name, str(core), *options]
+    command = [sys.executable, str(WORKER), entry.suite, entry.name, str(core), *options, *["--full"] * entry.full]
     start = time.perf_counter()
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False,
@@ -113,7 +114,7 @@ def median(values: Iterable[float | None]) -> str:
 
 def summary(rows: list[Row], beside: bool) -> str:
     """One line a suite, then each model that failed."""
-    head = ["suite", "models", "valid, proven, trainable", "MACs left", "parameters left", "layers thinner",
+    head = ["suite", "models", "valid and trainable", "all inexact", "MACs left", "parameters left", "layers thinner",
             "worst error", "capture s", "analyse s", "rewrite s", "prove s"]
     head += ["Torch-Pruning valid", "its s", "our time / its"] if beside else []
     lines = [head, ["---"] * len(head)]
@@ -123,7 +124,8 @@ def summary(rows: list[Row], beside: bool) -> str:
             continue
         good = [row for row in here if yes(row)]
         errors = [error for row in good if (error := number(row, "error")) is not None]
-        line = [suite, str(len(here)), str(len(good)), *(_left(good, key) for key in ("macs", "params")),
+        counts = [len(here), len(good), len(good) - len(errors)]
+        line = [suite, *map(str, counts), _left(good, "macs"), _left(good, "params"),
                 median(number(row, "share_thinner") for row in good), f"{max(errors, default=0.0):.1g}",
                 *(median(number(row, f"seconds_{part}") for row in good)
                   for part in ("capture", "analyse", "rewrite", "prove"))]
@@ -134,7 +136,8 @@ def summary(rows: list[Row], beside: bool) -> str:
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     failed = [f"- `{row['suite']}/{row['model']}` ({row.get('stage')}): {str(row.get('reason')).splitlines()[0][:200]}"
               for row in rows if not yes(row)]
-    note = "Medians over the models that passed; seconds of processor time, one thread."
+    note = ("Each result was proven equal to the model with the channels zeroed, save those where all that left is "
+            "inexact. Medians over the models that passed; seconds of processor time, one thread.")
     return "\n".join([table, "", note, "", *failed])
 
 
@@ -145,7 +148,7 @@ def _left(rows: list[Row], what: str) -> str:
 def wanted(args: argparse.Namespace) -> list[Entry]:
     """The models asked for."""
     patterns = args.only or ["*"]
-    return [entry for entry in entries(args.suite) if entry.name not in args.skip
+    return [replace(entry, full=args.full) for entry in entries(args.suite) if entry.name not in args.skip
             and any(fnmatch.fnmatch(name, pattern) for pattern in patterns for name in (entry.name, entry.key))]
 
 
@@ -159,6 +162,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=120, metavar="SECONDS", help="for each model")
     parser.add_argument("--resume", action="store_true", help="keep the rows already in the CSV that are ok or refused")
     parser.add_argument("--again", action="store_true", help="with --resume: run those that failed again")
+    parser.add_argument("--full", action="store_true", help="inputs of the size the models are meant for")
     parser.add_argument("--peer", action="store_true", help="run Torch-Pruning too")
     parser.add_argument("--out", type=Path, default=Path("zoo.csv"))
     args = parser.parse_args()

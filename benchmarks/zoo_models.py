@@ -60,6 +60,7 @@ class Entry:
 
     suite: str
     name: str
+    full: bool = False  # at the input size the model is meant for, and not at a small one
 
     @property
     def key(self) -> str:
@@ -90,9 +91,9 @@ class Entry:
     def size(self, model: nn.Module) -> tuple[int, ...]:
         """The size of one input, channels first."""
         if self.suite != "timm":
-            return _SIZES.get(self.name, SMALL)
+            return _SIZES.get(self.name, (3, 224, 224) if self.full else SMALL)
         config = model.default_cfg
-        fixed = config.get("fixed_input_size", False)
+        fixed = config.get("fixed_input_size", False) or self.full
         side = config["input_size"][-1] if fixed else _TIMM_SIZES.get(self.name, TIMM_SIZE)
         return (3, side, side)
 

@@ -2,7 +2,7 @@
 
 Seconds are processor time of the one thread, so that other work on the machine doesn't count.
 
-    python benchmarks/zoo_worker.py SUITE NAME CORE [--peer]
+    python benchmarks/zoo_worker.py SUITE NAME CORE [--peer] [--full]
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def main() -> None:
     torch.set_num_threads(1)
     result: dict[str, Any] = {"ok": False, "stage": "build"}
     try:
-        (peer if "--peer" in sys.argv else ours)(Entry(suite, name), result)
+        (peer if "--peer" in sys.argv else ours)(Entry(suite, name, "--full" in sys.argv), result)
     except (FxcError, WrongError) as error:
         result.update(reason=f"{type(error).__name__}: {error}")
     except Exception as error:  # noqa: BLE001  # whatever a model raises is its result, and its row says so
