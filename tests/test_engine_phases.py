@@ -259,3 +259,18 @@ def test_parameters_that_come_and_go() -> None:
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     assert {id(p) for p in trained} == {id(p) for p in module.parameters()}
     assert not any(p is q for p in trained for q in gone.parameters())
+
+
+def test_a_checkpoint_that_other_weights_can_not_follow_is_refused() -> None:
+    policy = """policy p {
+        phase thin over steps 1..2 { remove channels(linear - last(linear)) { ratio = 50%, scope = global } }
+    }"""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    first = fxcompress.compile(policy, net, (torch.randn(2, 4),))
+    with torch.no_grad():
+        first.module.get_parameter("0.weight")[:7].mul_(1e-3)  # as if it had trained: now the first layer gives most
+    first.step()
+    with pytest.raises(PlanError) as caught:
+        fxcompress.compile(policy, net, (torch.randn(2, 4),)).load_state_dict(first.state_dict())
+    assert code_of(caught) == "FXC0528"

@@ -161,20 +161,27 @@ class Result:
     def state_dict(self) -> dict[str, Any]:
         """Where the schedule stands, and weights kept for rewinding: with `module.state_dict()` and the optimizer's,
         all that a checkpoint needs."""
-        return {"format": FORMAT, "policy": policy_hash(self.policy), **self._training.state(),
-                "snapshots": self._snapshots.state()}
+        return {"format": FORMAT, "policy": policy_hash(self.policy), "graph": self.captured.fingerprint(),
+                **self._training.state(), "snapshots": self._snapshots.state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a checkpoint, on a fresh result of the same policy and model: phases that had begun are carried out.
         Load `module.state_dict()` after this, when the module has its shape.
 
-        Raises PlanError (FXC0525) for the state of another policy.
+        Raises PlanError: FXC0525 for the state of another policy; FXC0528 where the phases, carried out on other weights
+        than then, give another graph (`remove` with `scope = global` may). The result is of no use after that.
         """
         if state.get("format") != FORMAT or state.get("policy") != policy_hash(self.policy):
             raise PlanError([Diagnostic(
                 "FXC0525", "this checkpoint belongs to another policy, or to other parameters of it",
                 help="compile the policy that it was saved with")])
         self._training.load(state)
+        if self.captured.fingerprint() != state["graph"]:
+            raise PlanError([Diagnostic(
+                "FXC0528", "the phases that had begun give another graph here than in the checkpoint",
+                notes=("what they do depends on weights, and those were others",),
+                help="compile the weights the checkpoint's run began with; or save the module itself, "
+                     "`fxcompress.save(result.module, ...)`, and go on from that")])
         self._snapshots.load(state["snapshots"])
 
     def _repr_html_(self) -> str:
