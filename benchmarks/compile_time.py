@@ -52,16 +52,16 @@ start = time.perf_counter(); result = fxcompress.compile(policy, model, example)
 mid = time.perf_counter(); result.finalize(target="cpu"); end = time.perf_counter()
 print(json.dumps({"compile": mid - start, "finalize": end - mid}))
 """,
-    "remove": """
+    "fxcompress": """
 import json, time, torch, torchvision, fxcompress
 model, example = getattr(torchvision.models, NAME)().eval(), (torch.zeros(1, 3, 224, 224),)
-removal = fxcompress.passes.Remove(ratio=RATIO, by="l1")
+removal = fxcompress.passes.Remove(ratio=RATIO, by="l1", verify=VERIFY)
 start = time.perf_counter(); captured = fxcompress.capture(model, example); mid = time.perf_counter()
 thin = removal.apply(captured, "conv2d", what="channels"); end = time.perf_counter()
 print(json.dumps({"trace": mid - start, "remove": end - mid,
                   "params": thin.facts.params / captured.facts.params}))
 """,
-    "torch-pruning": """
+    "Torch-Pruning": """
 import json, time, torch, torchvision, torch_pruning as tp
 model, example = getattr(torchvision.models, NAME)().eval(), torch.zeros(1, 3, 224, 224)
 dense = sum(p.numel() for p in model.parameters())
@@ -78,7 +78,9 @@ print(json.dumps({"trace": mid - start, "remove": end - mid,
 
 def median_of(job: str, model: str, repeat: int) -> dict[str, float]:
     """The median of each number that the job prints."""
-    code = f"NAME, RATIO, POLICY = {model!r}, {RATIO!r}, {POLICY!r}\n{JOBS[job]}"
+    name, _, without = job.partition(" without ")
+    settings = {"NAME": model, "RATIO": RATIO, "POLICY": POLICY, "VERIFY": "off" if without else "on"}
+    code = "\n".join([*(f"{key} = {value!r}" for key, value in settings.items()), JOBS[name]])
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     runs = [json.loads(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True,
                                       env=environment).stdout.splitlines()[-1]) for _ in range(repeat)]
@@ -126,9 +128,8 @@ def removal_table(repeat: int, jobs: list[str]) -> list[list[str]]:
     for model in MODELS:
         for job in jobs:
             numbers = median_of(job, model, repeat)
-            name = "fxcompress" if job == "remove" else "Torch-Pruning"
             seconds = (f"{numbers[key]:.2f}" for key in ("trace", "remove"))
-            rows.append([model, name, *seconds, f"{numbers['params']:.0%}"])
+            rows.append([model, job, *seconds, f"{numbers['params']:.0%}"])
     return rows
 
 
@@ -149,7 +150,7 @@ def main() -> None:
     show("Cold start of the command, imports included", ["command", "s"], check_table(args.repeat))
     show(f"Remove {RATIO:.0%} of channels and mask the classifier, 224 x 224",
          ["model", "capture", "plan", "compile", "finalize"], compile_table(args.repeat))
-    jobs = ["remove", "torch-pruning"] if args.peer else ["remove"]
+    jobs = ["fxcompress", "fxcompress without its proof", *(["Torch-Pruning"] if args.peer else [])]
     show(f"Remove {RATIO:.0%} of channels, by l1, nothing else", ["model", "by", "trace", "remove", "parameters left"],
          removal_table(args.repeat, jobs))
 

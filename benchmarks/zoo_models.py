@@ -73,7 +73,7 @@ class Entry:
         if self.suite == "timm":
             import timm
 
-            model = timm.create_model(self.name, pretrained=False)
+            model = timm.create_model(self.name, pretrained=False, num_classes=1000)
         else:
             from torchvision import models
 
