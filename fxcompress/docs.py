@@ -14,7 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .diagnostics import Diagnostic, PolicyError, nearest
+from .diagnostics import Diagnostic, FxcError, PolicyError, nearest
 from .policy import schema
 from .policy.conditions import METRICS
 from .policy.convert import PARAMETER_TYPES
@@ -38,8 +38,17 @@ def verb_list() -> str:
     """One line for each verb, with what it does."""
     names = schema.verb_names()
     width = max(map(len, names), default=0)
-    lines = [f"{name:<{width}}  {_summary(cls)}" for name in names if (cls := schema.verb(name)) is not None]
+    lines = [f"{name:<{width}}  {_offered(name)}" for name in names]
     return "\n".join([*lines, "", "`fxcompress verbs VERB` shows the parameters of one.", ""])
+
+
+def _offered(name: str) -> str:
+    """What a verb does, or why its package can't say."""
+    try:
+        cls = schema.verb(name)
+    except FxcError as error:
+        return error.diagnostics[0].message
+    return _summary(cls) if cls is not None else ""
 
 
 def verb_text(name: str) -> str:

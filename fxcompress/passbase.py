@@ -14,6 +14,7 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
+from .diagnostics import Diagnostic, FxcError
 from .policy.types import ValueType
 
 T = TypeVar("T")
@@ -146,10 +147,17 @@ class Registry(Generic[T]):
             module, _, attribute = self._builtin[name].partition(":")
             found: T = getattr(import_module(module), attribute)
             return found
-        if name in self._entries:
-            loaded: T = self._entries[name].load()
-            return loaded
-        raise KeyError(f"no {self.noun} named {name!r}")
+        if name not in self._entries:
+            raise KeyError(f"no {self.noun} named {name!r}")
+        entry = self._entries[name]
+        try:
+            loaded: T = entry.load()
+        except (ImportError, AttributeError) as error:
+            package = entry.dist.name if entry.dist is not None else entry.module
+            raise FxcError([Diagnostic(
+                "FXC0145", f"the {self.noun} `{name}` of the package `{package}` can't be loaded: {error}",
+                help=f"mend or uninstall `{package}`")]) from error
+        return loaded
 
 
 VERBS: Registry[type[Pass]] = Registry(

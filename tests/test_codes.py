@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -13,6 +15,10 @@ from fxcompress.diagnostics import Diagnostic, FxcError
 from fxcompress.policy import check_source
 from fxcompress.render import render_text
 from fxcompress.source import Source
+
+if TYPE_CHECKING:
+    from fxcompress.graph.captured import Captured
+    from fxcompress.policy.model import InputSpec
 
 ROOT = Path(__file__).parent.parent
 CODES = ROOT / "fxcompress" / "codes"
@@ -58,19 +64,26 @@ def found(mistake: Mistake) -> tuple[Diagnostic, ...]:
 
 def bound(mistake: Mistake) -> tuple[Diagnostic, ...]:
     """Of a policy and a model: `level=plan` plans, else the selectors are bound as `check --model` does."""
-    from fxcompress.graph import capture
     from fxcompress.plan import check_model, plan
     from fxcompress.policy import parse
-    from fxcompress.spec import load_spec
 
     policy = parse(Source("policy.fxc", mistake.text))
-    loaded = load_spec(mistake.options["model"], None, policy.inputs)
-    captured = capture(loaded.model, loaded.example_inputs)
+    model, inputs = captured(mistake.options["model"], policy.inputs)
     if mistake.options.get("level") == "plan":
         with pytest.raises(FxcError) as error:
-            plan(policy, captured, loaded.example_inputs)
+            plan(policy, model, inputs)
         return error.value.diagnostics
-    return tuple(check_model(policy, captured))
+    return tuple(check_model(policy, model))
+
+
+@cache
+def captured(spec: str, inputs: tuple[InputSpec, ...]) -> tuple[Captured, object]:
+    """The captured model of a SPEC and its example inputs; pages share it, since neither check nor plan changes it."""
+    from fxcompress.graph import capture
+    from fxcompress.spec import load_spec
+
+    loaded = load_spec(spec, None, inputs)
+    return capture(loaded.model, loaded.example_inputs), loaded.example_inputs
 
 
 @pytest.mark.parametrize("mistake", ALL, ids=lambda mistake: mistake.name)

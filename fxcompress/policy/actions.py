@@ -59,8 +59,12 @@ def check_action(action: ast.Action, context: Context) -> model.Action | None:
 
 
 def find_verb(verb: ast.Name, scope: Scope) -> type[Pass] | None:
-    """The verb's class; an unknown one is reported."""
-    cls = schema.verb(verb.text)
+    """The verb's class; one that is unknown, or that its package can't load, is reported."""
+    try:
+        cls = schema.verb(verb.text)
+    except FxcError as error:
+        scope.sink.items.extend(replace(item, primary=Label(verb.span)) for item in error.diagnostics)
+        return None
     if cls is None and verb.text not in scope.broken:
         known = schema.verb_names()
         near = nearest(verb.text, known, 1)

@@ -33,7 +33,7 @@ KINDS = frozenset("""
     stochastic_depth sub sum take_along_dim tan tanh tanhshrink tensor tensordot threshold tile to topk transpose
     tril triu trunc unbind unflatten unfold unfold_dim unsqueeze var var_mean vector_norm view_as_complex
     view_as_real where xlogy xor zeros zeros_like
-""".split())  # noqa: SIM905 -- a list of 250 literals would be less easy to read
+""".split())
 
 #: the facts a predicate may ask for, and what they are compared with; `graph/predicates.py` has their meaning
 PREDICATES: Mapping[str, Literal["text", "count", "bytes", "bool"]] = {

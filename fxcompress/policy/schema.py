@@ -18,7 +18,7 @@ def _registry(name: str) -> Any:
 
 
 def verb(name: str) -> type[Pass] | None:
-    """The class of a verb, or None."""
+    """The class of a verb, or None. Raises FxcError where an installed package offers it and can't be loaded."""
     try:
         found: type[Pass] = _registry("VERBS")[name]
     except KeyError:
