@@ -41,6 +41,7 @@ mypy: $(VENV)/.with-lint typed ## mypy alone
 
 bench: $(VENV)/.with-bench ## measure check, plan, compile and removal times
 	@$(PY) benchmarks/compile_time.py --peer $(ARGS)
+	@$(PY) benchmarks/remove_scaling.py
 
 docs: $(VENV)/.with-examples ## write the language reference and the index of diagnostics anew
 	$(PY) -m fxcompress.docs
