@@ -53,7 +53,8 @@ def table(result: Result) -> str:
                    for name, part in result.progress.items())
     hidden = "".join(f"<tr><td>{escape(name)}</td><td>{100 * share:.1f}%</td></tr>"
                      for name, share in masks(result).items())
-    notes = "".join(f"<li>{escape(note)}</li>" for note in result.notes)
+    said = [*result.notes, *(f"{item.code}: {item.message}" for item in result.warnings)]
+    notes = "".join(f"<li>{escape(note)}</li>" for note in said)
     return (f"<b>policy {escape(result.policy.name)}</b> on {escape(result.captured.model_name)}, "
             f"{result.clock.steps} steps, {result.clock.epochs} epochs"
             f"<table><tr><th>phase</th><th>done</th></tr>{rows}</table>"

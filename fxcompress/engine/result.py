@@ -168,8 +168,8 @@ class Result:
         """Take up a checkpoint, on a fresh result of the same policy and model: phases that had begun are carried out.
         Load `module.state_dict()` after this, when the module has its shape.
 
-        Raises PlanError: FXC0525 for the state of another policy; FXC0528 where the phases, carried out on other weights
-        than then, give another graph (`remove` with `scope = global` may). The result is of no use after that.
+        Raises PlanError: FXC0525 for the state of another policy; FXC0528 where the phases, carried out on other
+        weights than then, give another graph (`remove` with `scope = global` may); the result is of no use after that.
         """
         if state.get("format") != FORMAT or state.get("policy") != policy_hash(self.policy):
             raise PlanError([Diagnostic(
