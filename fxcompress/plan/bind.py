@@ -21,20 +21,24 @@ from ..policy.selector import Flow, Helper, Ref, Selector, SetOp, Where
 from .lower import Step
 
 
+def inner(selector: Selector) -> tuple[Selector, ...]:
+    """The selectors that `selector` is made of, one level down."""
+    match selector:
+        case Where(base=base):
+            return (base,)
+        case Flow(parts=parts) | SetOp(parts=parts):
+            return parts
+        case Helper(args=args):
+            return tuple(arg for arg in args if not isinstance(arg, int))
+    return ()
+
+
 def refs(selector: Selector) -> Iterator[Ref]:
     """The names of `let`s in `selector`."""
-    match selector:
-        case Ref():
-            yield selector
-        case Where(base=base):
-            yield from refs(base)
-        case Flow(parts=parts) | SetOp(parts=parts):
-            for part in parts:
-                yield from refs(part)
-        case Helper(args=args):
-            for arg in args:
-                if not isinstance(arg, int):
-                    yield from refs(arg)
+    if isinstance(selector, Ref):
+        yield selector
+    for part in inner(selector):
+        yield from refs(part)
 
 
 class Binder:

@@ -27,9 +27,9 @@ def judge(budget: Budget, before: Totals, after: Totals) -> tuple[PlannedBudget 
     """The budget as planned if it is met or can't be judged before measuring, else why it is refused."""
     text, place = budget.span.text, str(budget.span)
     if budget.metric not in METRICS:
-        return PlannedBudget(text, place, budget.metric, budget.limit, None, AFTER_MEASURING, "unknown"), None
+        return PlannedBudget(text, place, budget.metric, float(budget.limit), None, AFTER_MEASURING, "unknown"), None
     dense, reached = value_of(budget, before), value_of(budget, after)
-    limit = limit_of(budget, before)
+    limit = float(limit_of(budget, before))
     shown = _shown(budget, reached, dense)
     if is_met(budget, before, after):
         return PlannedBudget(text, place, budget.metric, limit, reached, shown, "met"), None

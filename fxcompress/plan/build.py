@@ -66,19 +66,20 @@ class DryRun:
         binder = Binder(self.policy, self.captured, self.sink)
         for step in self.steps:
             before = len(self.sink.items)
+            left = tuple(label(node) for node in self.captured.graph.nodes if node.name in step.leaves)
             bound = binder.site(step.phase, step.action, step.leaves)
             site = self.ledger.claim(step, bound) if bound is not None else None
             if len(self.sink.items) > before:
                 continue
             if site is None or (step.action.selector is not None and not site.nodes):
-                self.planned.append(self._planned(step, None, Outcome(())))
+                self.planned.append(replace(self._planned(step, None, Outcome(())), left=left))
                 continue
             kinds = _census(site.nodes)
             names = tuple(node.name for node in site.nodes)
             outcome = self._carried_out(binder, step, site)
             if outcome is not None:
                 self.ledger.enter(step, site, outcome, self.captured)
-                self.planned.append(replace(self._planned(step, site, outcome), kinds=kinds, nodes=names))
+                self.planned.append(replace(self._planned(step, site, outcome), kinds=kinds, nodes=names, left=left))
 
     def _carried_out(self, binder: Binder, step: Step, site: Site) -> Outcome | None:
         """None where the pass refuses: that is reported, and the rest of the plan goes on for its own errors."""
@@ -102,7 +103,7 @@ class DryRun:
             override=action.override,
             selection=action.selector.span.text if action.selector is not None else "", settings=settings(action),
             place=str(action.span), line=action.span.source.line(action.span.line).strip(), kinds=(), nodes=(),
-            leaves=tuple(sorted(step.leaves)),
+            leaves=tuple(sorted(step.leaves)), left=(),
             changes=tuple(Change(c.path, c.kind, c.what, c.before, c.after, c.why) for c in outcome.changes),
             notes=tuple(notes), unknown=outcome.unknown, after=totals_of(self.captured))
 

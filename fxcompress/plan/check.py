@@ -11,15 +11,18 @@ from ..graph.select import quoted
 from ..passbase import VERBS, Facet
 from ..policy import instantiate
 from ..policy.model import InputSpec, Policy
-from .bind import Binder, refs
+from ..policy.selector import Selector, Where
+from .bind import Binder, inner, refs
 from .lower import ordered
+
+MAKES_LAYERS = frozenset({Facet.TOPOLOGY, Facet.NUMERIC})
 
 
 def check_model(policy: Policy, captured: Captured) -> list[Diagnostic]:
     """What is wrong with `policy` for this model, all of it: FXC02xx, and FXC0133 for parameters without a value.
 
-    Selectors in actions bind to the model as it is. Behind an action that changes the graph's layers (topology) they
-    may mean layers that aren't there yet: there, what selects nothing is left to `plan`.
+    Selectors in actions bind to the model as it is. Behind an action that makes layers, or changes sizes that the
+    selector asks for, they may mean what isn't there yet: there, what selects nothing is left to `plan`.
     """
     try:
         policy = instantiate(policy)
@@ -29,21 +32,34 @@ def check_model(policy: Policy, captured: Captured) -> list[Diagnostic]:
     _check_inputs(policy, captured, sink)
     binder = Binder(policy, captured, sink)
     used: set[str] = set()
-    lenient = False
+    done: set[Facet] = set()
     for phase, action in ordered(policy):
         if action.selector is not None:
             used.update(ref.name for ref in refs(action.selector))
-        binder.site(phase, action, lenient=lenient)
-        lenient = lenient or VERBS[action.verb].facet == Facet.TOPOLOGY
+            binder.site(phase, action, lenient=_may_come_later(action.selector, done))
+        done.add(VERBS[action.verb].facet)
     for expect in policy.expects:
         if expect.argument is not None and expect.argument != "output":
             used.update(ref.name for ref in refs(expect.argument))
             if not any(ref.name in binder.broken for ref in refs(expect.argument)):
-                binder.selecting().select(expect.argument, lenient or expect.metric == "count")
+                lenient = expect.metric == "count" or _may_come_later(expect.argument, done)
+                binder.selecting().select(expect.argument, lenient)
     for name, selector in policy.lets.items():
         if name not in used | _inner(policy) and name not in binder.broken:
             binder.selecting().select(selector)
     return sink.items
+
+
+def _may_come_later(selector: Selector, done: set[Facet]) -> bool:
+    """Whether actions that write the facets `done` can make what `selector` selects."""
+    return bool(done & MAKES_LAYERS) or (Facet.SHAPE in done and _asks_facts(selector))
+
+
+def _asks_facts(selector: Selector) -> bool:
+    """Whether the selector itself, not the `let`s it uses, asks for facts besides names."""
+    if isinstance(selector, Where) and any(predicate.key != "name" for predicate in selector.predicates):
+        return True
+    return any(_asks_facts(part) for part in inner(selector))
 
 
 def _inner(policy: Policy) -> set[str]:

@@ -154,7 +154,8 @@ class Ledger:
         self.sink.items.append(Diagnostic(
             "FXC0302", f"two actions change {pairs[0][0].what} of {_layers(change.path for change, _ in pairs)}",
             Label(step.action.span, "changed again here"), (Label(other.action.span, "first changed here"),),
-            tuple(notes), "select layers that are coupled in one action (`coupled(...)` selects them), or put the actions in phases "
+            tuple(notes),
+            "select layers that are coupled in one action (`coupled(...)` selects them), or put the actions in phases "
             "that follow one another"))
 
     def _follow(self, captured: Captured) -> None:

@@ -66,7 +66,8 @@ class Change:
 class PlannedStep:
     """One action: what it selects, what it does, what is known only later.
 
-    `nodes` are the names of the nodes it works on, `leaves` those it would and leaves to an overriding action.
+    `nodes` are the names of the nodes it works on, `leaves` those it would and leaves to an overriding action; `left`
+    are the layers of the latter.
     """
 
     number: int
@@ -82,6 +83,7 @@ class PlannedStep:
     kinds: tuple[tuple[str, int], ...]
     nodes: tuple[str, ...]
     leaves: tuple[str, ...]
+    left: tuple[str, ...]
     changes: tuple[Change, ...]
     notes: tuple[str, ...]
     unknown: tuple[str, ...]

@@ -44,14 +44,14 @@ def _aligned(steps: list[PlannedStep], verbose: bool) -> list[str]:
         lines.append(head)
         if step.settings:
             lines.append("      " + ", ".join(f"{name} = {value}" for name, value in step.settings))
-        if step.leaves:
-            lines.append(f"      left to an override: {', '.join(step.leaves)}")
+        if step.left:
+            lines.append(f"      left to an override: {', '.join(step.left)}")
         if verbose:
             lines += [f"      {row}" for row in _columns([_row(change) for change in step.changes])]
         shown = step.notes if verbose or len(step.notes) <= FEW else step.notes[: FEW - 1]
         lines += [f"      note: {note}" for note in shown]
         if len(shown) < len(step.notes):
-            lines.append(f"      ({len(step.notes) - len(shown)} more notes with --verbose)")
+            lines.append(f"      ({len(step.notes) - len(shown)} more notes in the verbose plan)")
         lines += [f"      (known after weights): {item}" for item in step.unknown]
     return lines
 
