@@ -1,4 +1,4 @@
-"""An equality check of removals that shares no code with the pass: the dense model itself, its weights zeroed by hand."""
+"""An equality check of removals that shares no code with the pass: the dense model, its weights zeroed by hand."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def makers(captured: Captured) -> tuple:
     return tuple(node for node in captured.graph.nodes if node.meta["fxc"].kind.startswith(MAKERS))
 
 
-def remove(captured: Captured, what: str = "channels", nodes: tuple = (), **settings: object) -> tuple[Captured, Outcome]:
+def remove(captured: Captured, what: str = "channels", nodes: tuple = (),
+           **settings: object) -> tuple[Captured, Outcome]:
     """A copy of `captured` with channels removed (from every layer, by default), and what the pass said."""
     result = captured.copy()
     names = {node.name for node in nodes or makers(captured)}
@@ -43,19 +44,21 @@ def remove(captured: Captured, what: str = "channels", nodes: tuple = (), **sett
 
 def kept_indices(result: Captured, outcome: Outcome) -> dict[str, dict[int, Tensor]]:
     """What stays of each resized tensor, by `state_dict` name and dimension."""
-    names = [*result.module.named_parameters(remove_duplicate=False), *result.module.named_buffers(remove_duplicate=False)]
+    module = result.module
+    names = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     found = {id(tensor): dict(cuts) for tensor, cuts in outcome.resized.items()}
     return {name: found[id(tensor)] for name, tensor in names if id(tensor) in found}
 
 
 def zeroed(model: nn.Module, kept: dict[str, dict[int, Tensor]], extra: dict[str, int] | None = None) -> nn.Module:
     """A copy of the dense model with everything that reads a removed channel zeroed: the columns (dimension 1) of
-    convolutions, linear and recurrent layers, the rows of transposed convolutions; `extra` names further tensors and the
-    dimension they are read along."""
+    convolutions, linear and recurrent layers, the rows of transposed convolutions; `extra` names further tensors and
+    the dimension they are read along."""
     dense = copy.deepcopy(model)
     for path, module in dense.named_modules():
-        dims = {name: 0 if isinstance(module, nn.modules.conv._ConvTransposeNd) else 1
-                for name in dict(module.named_parameters(recurse=False)) if name.startswith(("weight", "in_proj_weight"))}
+        along = 0 if isinstance(module, nn.modules.conv._ConvTransposeNd) else 1
+        dims = {name: along for name, _ in module.named_parameters(recurse=False)
+                if name.startswith(("weight", "in_proj_weight"))}
         for name, dim in dims.items():
             _zero(module.get_parameter(name), kept.get(f"{path}.{name}".lstrip("."), {}), dim)
     for name, dim in (extra or {}).items():

@@ -39,10 +39,11 @@ def head(m: Net, x: Tensor) -> Tensor:
     return m.fc(x.mean((2, 3)))
 
 
-NETS: dict[str, Callable[[], tuple[nn.Module, tuple[Tensor, ...]]]] = {}
+Build = Callable[[], tuple[nn.Module, tuple[Tensor, ...]]]
+NETS: dict[str, Build] = {}
 
 
-def net(build: Callable[[], tuple[nn.Module, tuple[Tensor, ...]]]) -> Callable[[], tuple[nn.Module, tuple[Tensor, ...]]]:
+def net(build: Build) -> Build:
     NETS[build.__name__] = build
     return build
 
@@ -89,7 +90,8 @@ def chunk_and_gate():
 
 @net
 def glu():
-    return Net(lambda m, x: head(m, m.b(F.glu(m.a(x), dim=1))), a=conv(3, 24), b=conv(12, 8), fc=nn.Linear(8, 5)), picture()
+    parts = {"a": conv(3, 24), "b": conv(12, 8), "fc": nn.Linear(8, 5)}
+    return Net(lambda m, x: head(m, m.b(F.glu(m.a(x), dim=1))), **parts), picture()
 
 
 @net
@@ -106,7 +108,8 @@ def channel_shuffle():
 
 @net
 def shuffle_module():
-    return nn.Sequential(conv(3, 24), nn.ChannelShuffle(3), conv(24, 8, groups=2), nn.Flatten(), nn.Linear(512, 5)), picture()
+    return nn.Sequential(conv(3, 24), nn.ChannelShuffle(3), conv(24, 8, groups=2), nn.Flatten(),
+                         nn.Linear(512, 5)), picture()
 
 
 @net
@@ -257,15 +260,15 @@ def computed_weights():
 
 @net
 def spectral():
-    return nn.Sequential(conv(3, 12), nn.ReLU(), spectral_norm(nn.Conv2d(12, 8, 3)), nn.ReLU(), conv(8, 8), nn.Flatten(),
-                         nn.Linear(8 * 36, 5)), picture()
+    return nn.Sequential(conv(3, 12), nn.ReLU(), spectral_norm(nn.Conv2d(12, 8, 3)), nn.ReLU(), conv(8, 8),
+                         nn.Flatten(), nn.Linear(8 * 36, 5)), picture()
 
 
 @net
 def hand_made_attention():
     def run(m, x):
         x = m.embed(x)
-        n, t, c = x.shape
+        n, t, _ = x.shape
         q, k, v = m.qkv(x).reshape(n, t, 3, 4, 8).permute(2, 0, 3, 1, 4).unbind(0)
         weights = (q @ k.transpose(-2, -1) * 8 ** -0.5 + m.table).softmax(-1)
         return m.fc(m.proj((weights @ v).transpose(1, 2).reshape(n, t, 32)))

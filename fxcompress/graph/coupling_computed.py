@@ -1,4 +1,4 @@
-"""Weights that a module computes from other parameters: `weight_norm` and `spectral_norm` (`torch.nn.utils.parametrize`).
+"""Weights that a module computes from other parameters: `weight_norm` and `spectral_norm` (parametrizations).
 
 Both norms run over a whole filter, so that its survivors change when one of its columns leaves: the removal is inexact.
 """
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 def held_by(flow: Flow, path: str, name: str) -> str | None:
-    """The tensor that holds what the parameter `name` of the module at `path` is computed from, of the same shape: itself
-    for a plain one; None where that isn't known."""
+    """The tensor that the parameter `name` of the module at `path` is computed from, of the same shape: itself for a
+    plain one; None where that isn't known."""
     original = f"{path}.parametrizations.{name}.original"
     return next((found for found in (f"{path}.{name}", f"{original}1", original) if flow.has(found)), None)
 
@@ -27,7 +27,8 @@ def computed(flow: Flow, path: str, name: str, track: Iterable[int] | None) -> D
     if flow.has(f"{base}.original1") and flow.has(f"{base}.original0"):
         return _weight_norm(flow, base, track)
     if flow.has(f"{base}.original") and flow.has(f"{base}.0._u"):
-        return _spectral_norm(flow, base, int(flow.captured.module.get_submodule(f"{base}.0").dim), track)  # type: ignore[arg-type]
+        first = getattr(flow.captured.module.get_submodule(f"{base}.0"), "dim")  # noqa: B009 - for the type checker
+        return _spectral_norm(flow, base, int(first), track)
     return None
 
 

@@ -253,7 +253,7 @@ class Flow:
 
 def shape_of(node: object) -> tuple[int, ...]:
     """The shape of a node's tensor value; empty for anything else."""
-    shape = getattr(node.meta.get("fxc"), "shape", None) if isinstance(node, fx.Node) else None
+    shape: Any = getattr(node.meta.get("fxc"), "shape", None) if isinstance(node, fx.Node) else None
     return tuple(int(size) for size in shape) if is_shape(shape) else ()
 
 

@@ -6,6 +6,7 @@ the layer that sums over them, or, for a product of two computed values, in one 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -81,7 +82,8 @@ def _compare(original: Captured, rewritten: Captured, coupling: Coupling, gone: 
                 name, other = next(found)
                 assert name == node.name, f"{name} and {node.name} are out of step"
                 labels = coupling.flow.values[node]
-                worst = max(worst, difference(value, other) if node.op == "output" else _kept(value, other, labels, gone))
+                apart = difference(value, other) if node.op == "output" else _kept(value, other, labels, gone)
+                worst = max(worst, apart)
     return Proof(worst, dtype or torch.float32)
 
 
@@ -132,7 +134,7 @@ def _apart(a: Tensor, b: Tensor) -> float:
         a, b = a[finite], b[finite]
     largest = float(a.abs().max()) if a.numel() else 0.0
     error = float((a - b).abs().max()) if a.numel() else 0.0
-    return error / max(largest, 1e-30) if error == error else float("inf")
+    return float("inf") if math.isnan(error) else error / max(largest, 1e-30)
 
 
 def _inputs(captured: Captured, example: Example, dtype: torch.dtype | None) -> list[Any]:
@@ -191,7 +193,7 @@ class _Masked(fx.Interpreter):
         for entry, gone in self.masks.get(n, ()):
             self.env[entry.target] = self.env[entry.target].index_fill(entry.dim, gone, 0)  # type: ignore[index]
         result = super().run_node(n)
-        self.env.update({node: value for node, value in held.items() if node in self.env})  # type: ignore[misc]
+        self.env.update({node: value for node, value in held.items() if node in self.env})
         return result
 
 

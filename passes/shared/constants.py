@@ -33,10 +33,10 @@ _CONVS = {f"conv{n}d": function for n, function in ((1, F.conv1d), (2, F.conv2d)
 
 @dataclass
 class Fold:
-    """What the readers of constant channels take into their biases, gathered before the removal and done after it.
+    """What the readers of constant channels take into their biases: gathered before the removal, done after it.
 
-    `values` are the constants of each node along its dimension 1 (the last one of a linear layer): one number a channel,
-    not-a-number for a channel that isn't constant.
+    `values` are the constants of each node along its dimension 1 (the last one of a linear layer): one number a
+    channel, not-a-number for a channel that isn't constant.
     """
 
     coupling: Coupling
@@ -114,9 +114,8 @@ class Fold:
         produced = self.coupling.produced
         done = []
         for node, shift in self.shifts:
-            for entry in produced.get(node, []):
-                shift = shift[torch.from_numpy(kept_of(entry.labels, self.gone))]
-            self._shift(node, shift)
+            kept = [torch.from_numpy(kept_of(entry.labels, self.gone)) for entry in produced.get(node, [])]
+            self._shift(node, shift[kept[0]] if kept else shift)
             done.append(str(node.target))
         notes = [f"constants of removed channels are folded into {', '.join(done[:4])}"
                  f"{' and more' if len(done) > 4 else ''}"] * bool(done)

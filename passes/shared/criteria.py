@@ -45,7 +45,7 @@ class Scoring:
             where = part.components[inside]
             share = torch.zeros(self.count).index_add_(0, where, energy(part)[inside].detach().float().cpu())
             total += finish(share)
-            seen[where.unique()] += 1
+            seen += torch.bincount(where, minlength=self.count) > 0
         return total / seen.clamp(min=1)
 
 

@@ -29,8 +29,9 @@ class Layer:
 
     @property
     def path(self) -> str:
-        """The module path, or the node's name where there is none."""
-        return path_of(self.node) or self.node.name
+        """The path of the module that holds the weights, or the node's name where there is none."""
+        holder = self.made.weights[0][0].rpartition(".")[0] if self.made.weights else ""
+        return (path_of(self.node) if self.node.op == "call_module" else holder) or self.node.name
 
     @property
     def follows(self) -> bool:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fxcompress.passes.remove import Remove
 
 Scores = npt.NDArray[np.float64]
+_ROUNDS = 8  # of the descent; it settles in a few
 
 
 @dataclass
@@ -44,18 +45,35 @@ class Ranking:
         return self.doomed
 
     def _local(self) -> list[int]:
-        """How many of each group stay: the same share everywhere; what rounding leaves over goes to the next group of
-        the cluster."""
-        keep = [0] * len(self.groups.members)
-        for cluster in self.groups.clusters:
-            owed = 0.0
+        """How many of each group stay: the same share everywhere, rounded so that every layer comes near its share."""
+        sizes = [len(members) for members in self.groups.members]
+        leaving = [int(np.floor(size * self.settings.ratio + 0.5)) for size in sizes]
+        for cluster, layers in zip(self.groups.clusters, self.groups.in_cluster, strict=True):
+            if len(cluster) > 1:
+                self._balance(cluster, layers, sizes, leaving)
+        return [size - out for size, out in zip(sizes, leaving, strict=True)]
+
+    def _balance(self, cluster: list[int], layers: list[int], sizes: list[int], leaving: list[int]) -> None:
+        """Change `leaving` of groups that share layers, one at a time, to the least sum of squares over the layers of
+        (share that leaves - ratio): coordinate descent, which small groups of many channels need."""
+        parts = {group: [(number, self.groups.shares[number][group] / len(self.groups.layers[number].components))
+                         for number in layers if group in self.groups.shares[number]] for group in cluster}
+        missing = dict.fromkeys(layers, -self.settings.ratio)
+        for number in layers:  # what can't leave isn't owed
+            share = self.groups.shares[number]
+            missing[number] *= sum(sizes[g] * each for g, each in share.items()) / len(
+                self.groups.layers[number].components)
+        for group in cluster:
+            for number, each in parts[group]:
+                missing[number] += leaving[group] * each
+        for _ in range(_ROUNDS):
             for group in cluster:
-                size = len(self.groups.members[group])
-                wanted = size * self.settings.ratio + owed
-                leaving = min(size, max(0, int(np.floor(wanted + 0.5))))
-                owed = wanted - leaving
-                keep[group] = size - leaving
-        return keep
+                slope = sum(missing[number] * each for number, each in parts[group])
+                best = leaving[group] - slope / (sum(each * each for _, each in parts[group]) or 1.0)
+                step = min(sizes[group], max(0, int(np.floor(best + 0.5)))) - leaving[group]
+                leaving[group] += step
+                for number, each in parts[group]:
+                    missing[number] += step * each
 
     def _global(self) -> list[int]:
         """One ranking over all groups. Scores are divided by their group's mean, so that layers of different scale

@@ -24,7 +24,7 @@ def place_of(node: fx.Node) -> str:
     """`add at resnet.py:102`, or the operator with its path where the source isn't known."""
     kind, source = kind_of(node), getattr(node.meta.get("fxc"), "source", "") or ""
     if kind == "output":
-        return "output"
+        return "the model"
     return f"{kind} at {source.split(' ')[0]}" if source else f"{kind} ({path_of(node) or node.name})"
 
 
@@ -68,10 +68,10 @@ def shortfalls(settings: Remove, coupling: Coupling, layers: list[Layer], wanted
         speaks = inside[wanted[inside] & ~coupling.barred[inside]]
         if not layer.selected or not len(speaks):
             continue
-        left = int(doomed[speaks].sum())
-        each = len(speaks) / len(np.unique(speaks))
-        if left < settings.ratio * len(speaks) - max(each, 1.0):
-            reason = " or ".join(_limits(settings)) or "what it is coupled to doesn't shrink further"
+        left, each = int(doomed[speaks].sum()), len(speaks) / len(np.unique(speaks))
+        if left <= settings.ratio * len(speaks) - max(1.0, 0.02 * len(speaks)):
+            units = [f"its channels leave {each:g} at a time, with those of other layers"] if each > 1 else []
+            reason = " or ".join(_limits(settings) + units) or "what it is coupled to doesn't shrink further"
             got = f"{left / len(speaks):.0%} removed of {settings.ratio:.0%} asked"
             notes.append(f"{layer.path}: {got}, because of {reason}")
     return notes

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor, fx
+from torch import fx
 
 from fxcompress.diagnostics import Diagnostic, Label, PlanError
 from fxcompress.graph.captured import Captured
@@ -18,17 +17,14 @@ from fxcompress.graph.ops import kind_of
 from fxcompress.graph.provenance import origins_of, touch
 from fxcompress.graph.site import UNKNOWN_WEIGHTS, Change, Outcome, Site
 from fxcompress.graph.verify import signature
-from fxcompress.passbase import CRITERIA
 from fxcompress.passes.shared.constants import Fold
-from fxcompress.passes.shared.criteria import Part, Scoring
 from fxcompress.passes.shared.layers import Groups, Layer, layers_of, mask_of
-from fxcompress.passes.shared.ranking import Ranking, Scores
+from fxcompress.passes.shared.ranking import Ranking
 from fxcompress.passes.shared.removal_report import blocked, changes_of, coupled_reason, place_of, shortfalls
+from fxcompress.passes.shared.removal_scores import scores_of
 
 if TYPE_CHECKING:
     from fxcompress.passes.remove import Remove
-
-_NORMS = frozenset((*(f"batchnorm{n}d" for n in (1, 2, 3)), "batchnorm"))
 
 
 def remove(settings: Remove, captured: Captured, site: Site) -> Outcome:
@@ -46,7 +42,7 @@ def remove(settings: Remove, captured: Captured, site: Site) -> Outcome:
     groups = Groups(coupling, layers, candidates)
     doomed = np.zeros(coupling.count, dtype=np.bool_)
     if candidates.any():
-        ranking = Ranking(settings, groups, _scores(settings, captured, coupling, layers, candidates))
+        ranking = Ranking(settings, groups, scores_of(settings, coupling, layers, candidates))
         doomed = ranking.choose()
         notes += ranking.notes
     notes += shortfalls(settings, coupling, layers, wanted, doomed)
@@ -94,7 +90,8 @@ def _hidden(coupling: Coupling, layers: list[Layer]) -> Mask:
     for layer in layers:
         if kind_of(layer.node) not in ("linear", "conv1d", "conv2d", "conv3d"):
             makers &= ~coupling.touched(layer.made.labels)
-    return (readers == 1) & makers & ~coupling.heads & ~coupling.inexact
+    hidden: Mask = (readers == 1) & makers & ~coupling.heads & ~coupling.inexact
+    return hidden
 
 
 def _coupled(settings: Remove, coupling: Coupling, layers: list[Layer], candidates: Mask, site: Site,
@@ -158,67 +155,6 @@ def _nothing(settings: Remove, coupling: Coupling, layers: list[Layer], wanted: 
                   list(dict.fromkeys(reasons + notes))[:8],
                   "ask for a larger `ratio`, or a smaller `align` or `min_channels`" if small
                   else "select layers inside the model, whose channels other layers read")
-
-
-# Scores
-
-
-def _scores(settings: Remove, captured: Captured, coupling: Coupling, layers: list[Layer], candidates: Mask) -> Scores:
-    """One number a component. On a skeleton the first ones leave."""
-    if not captured.concrete:
-        return np.arange(coupling.count, dtype=np.float64)
-    numbers = np.full(coupling.count, -1, dtype=np.int64)
-    chosen = np.flatnonzero(candidates)
-    numbers[chosen] = np.arange(len(chosen))
-    generator = torch.Generator().manual_seed(settings.seed)
-    weights = tuple(_parts(coupling, layers, numbers))
-    scales = tuple(_scales(coupling, numbers))
-    scores = CRITERIA[settings.by](Scoring(len(chosen), weights, scales, generator))
-    result = np.full(coupling.count, np.inf)
-    result[chosen] = torch.as_tensor(scores).detach().double().cpu().numpy()
-    return result
-
-
-def _parts(coupling: Coupling, layers: list[Layer], numbers: np.ndarray) -> list[Part]:  # type: ignore[type-arg]
-    """The weights that make candidate channels, each tensor once."""
-    named = dict(coupling.captured.module.named_parameters(remove_duplicate=False))
-    labels = {name: entry for entry in coupling.flow.tensors.values() for name in entry.names}
-    seen: set[tuple[int, int]] = set()
-    parts = []
-    for layer in layers:
-        for name, dim in () if layer.follows else layer.made.weights:
-            entry, tensor = labels.get(name), named.get(name)
-            if entry is None or tensor is None or entry.dims[dim] is None or (id(tensor), dim) in seen:
-                continue
-            seen.add((id(tensor), dim))
-            inside = coupling.of(entry.dims[dim])  # type: ignore[arg-type]
-            where = np.where(inside >= 0, numbers[inside], -1)
-            if (where >= 0).any():
-                parts.append(_part(layer.path, tensor, dim, where))
-    return parts
-
-
-def _part(path: str, tensor: Tensor, dim: int, where: np.ndarray) -> Part:  # type: ignore[type-arg]
-    def rows(value: Tensor) -> Tensor:
-        return value.detach().movedim(dim, 0).reshape(value.shape[dim], -1)
-
-    return Part(path, rows(tensor), torch.from_numpy(where), None if tensor.grad is None else rows(tensor.grad))
-
-
-def _scales(coupling: Coupling, numbers: np.ndarray) -> list[Part]:  # type: ignore[type-arg]
-    """The scales of batch norms on candidate channels."""
-    parts = []
-    for node in coupling.flow.nodes:
-        if node.op != "call_module" or kind_of(node) not in _NORMS:
-            continue
-        name = f"{node.target}.weight"
-        if coupling.flow.has(name):
-            dim = coupling.flow.tensor(name)[0]
-            if dim is not None:
-                inside = coupling.of(dim)
-                where = np.where(inside >= 0, numbers[inside], -1)
-                parts.append(_part(str(node.target), coupling.captured.module.get_parameter(name), 0, where))
-    return parts
 
 
 # The removal

@@ -139,7 +139,6 @@ def _explicit(writer: _Writer, split: list[fx.Node], mask: fx.Node | None, scale
     scores = scores if mask is None else writer.call("add", scores, mask)
     weights = writer.call("softmax", scores, dim=-1)
     if mha.dropout:
-        mha.add_module("attn_dropout", nn.Dropout(mha.dropout))
-        mha.attn_dropout.train(mha.training)
+        mha.add_module("attn_dropout", nn.Dropout(mha.dropout).train(mha.training))
         weights = writer.module("attn_dropout", weights)
     return writer.call("matmul", weights, value), weights

@@ -23,7 +23,7 @@ def output(flow: Flow, node: fx.Node, args: Mapping[str, Any]) -> Value:
     """Nothing of an output can be removed."""
     for source in node.all_input_nodes:
         for labels in tracked(flow.values[source]):
-            flow.fix(labels, "is what the model gives back")
+            flow.fix(labels, "gives it back as its output")
     return untracked(getattr(node.meta.get("fxc"), "shape", None))
 
 

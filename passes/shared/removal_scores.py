@@ -1,0 +1,105 @@
+"""Scores of the components of a model for `remove`: what its criterion sees, and what it says."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from fxcompress.graph.coupling import Coupling, Mask
+from fxcompress.graph.ops import arguments, kind_of
+from fxcompress.passbase import CRITERIA
+from fxcompress.passes.shared.criteria import Part, Scoring
+from fxcompress.passes.shared.layers import Ints, Layer
+from fxcompress.passes.shared.ranking import Scores
+
+if TYPE_CHECKING:
+    from fxcompress.passes.remove import Remove
+
+_NORMS = frozenset((*(f"batchnorm{n}d" for n in (1, 2, 3)), "batchnorm"))
+
+
+def scores_of(settings: Remove, coupling: Coupling, layers: list[Layer], candidates: Mask) -> Scores:
+    """One number a component. On a skeleton the first ones leave."""
+    if not coupling.captured.concrete:
+        return np.arange(coupling.count, dtype=np.float64)
+    numbers = np.full(coupling.count, -1, dtype=np.int64)
+    chosen = np.flatnonzero(candidates)
+    numbers[chosen] = np.arange(len(chosen))
+    generator = torch.Generator().manual_seed(settings.seed)
+    weights = tuple(_parts(coupling, layers, numbers))
+    scales = tuple(_scales(coupling, numbers))
+    scores = CRITERIA[settings.by](Scoring(len(chosen), weights, scales, generator))
+    result = np.full(coupling.count, np.inf)
+    result[chosen] = torch.as_tensor(scores).detach().double().cpu().numpy()
+    return result
+
+
+def _parts(coupling: Coupling, layers: list[Layer], numbers: Ints) -> list[Part]:
+    """The weights that make candidate channels, each tensor once."""
+    named = dict(coupling.captured.module.named_parameters(remove_duplicate=False))
+    labels = {name: entry for entry in coupling.flow.tensors.values() for name in entry.names}
+    seen: set[tuple[int, int]] = set()
+    parts = []
+    for layer in layers:
+        for name, dim in () if layer.follows else layer.made.weights:
+            entry, tensor = labels.get(name), named.get(name)
+            if entry is None or tensor is None or entry.dims[dim] is None or (id(tensor), dim) in seen:
+                continue
+            seen.add((id(tensor), dim))
+            inside = coupling.of(entry.dims[dim])  # type: ignore[arg-type]
+            where = np.where(inside >= 0, numbers[inside], -1)
+            if (where >= 0).any():
+                value = _effective(coupling.captured.module, layer, tensor)
+                parts.append(_part(layer.path, tensor, dim, where, value))
+    return parts
+
+
+def _effective(root: nn.Module, layer: Layer, tensor: Tensor) -> Tensor:
+    """What the layer really computes with: its weight after a mask or a norm on it; `tensor` where that isn't known."""
+    weight = arguments(layer.node).get("weight")
+    if isinstance(weight, fx.Node):
+        with torch.no_grad():
+            weight = _evaluated(root, weight)
+    return weight if isinstance(weight, Tensor) and weight.shape == tensor.shape else tensor
+
+
+def _evaluated(root: nn.Module, node: fx.Node) -> Any:
+    """The value of a node that only parameters and buffers go into; None for any other."""
+    if node.op == "placeholder":
+        return None
+    if node.op == "get_attr":
+        prefix, _, name = str(node.target).rpartition(".")
+        return getattr(root.get_submodule(prefix), name)
+    values = {source: _evaluated(root, source) for source in node.all_input_nodes}
+    if any(value is None for value in values.values()):
+        return None
+    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda source: values[source])
+    function: Any = root.get_submodule(str(node.target)) if node.op == "call_module" else node.target
+    return function(*args, **kwargs)
+
+
+def _part(path: str, tensor: Tensor, dim: int, where: Ints, value: Tensor | None = None) -> Part:
+    def rows(value: Tensor) -> Tensor:
+        return value.detach().movedim(dim, 0).reshape(value.shape[dim], -1)
+
+    grad = None if tensor.grad is None else rows(tensor.grad)
+    return Part(path, rows(tensor if value is None else value), torch.from_numpy(where), grad)
+
+
+def _scales(coupling: Coupling, numbers: Ints) -> list[Part]:
+    """The scales of batch norms on candidate channels."""
+    parts = []
+    for node in coupling.flow.nodes:
+        if node.op != "call_module" or kind_of(node) not in _NORMS:
+            continue
+        name = f"{node.target}.weight"
+        if coupling.flow.has(name):
+            dim = coupling.flow.tensor(name)[0]
+            if dim is not None:
+                inside = coupling.of(dim)
+                where = np.where(inside >= 0, numbers[inside], -1)
+                parts.append(_part(str(node.target), coupling.captured.module.get_parameter(name), 0, where))
+    return parts
