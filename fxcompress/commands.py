@@ -72,7 +72,7 @@ def check_model(policy_paths: Sequence[Path], spec: str, params: Params | None =
 
 
 @_reporting
-def plan(policy_path: Path, spec: str, weights: Path | None = None, params: Params | None = None,  # noqa: PLR0917
+def plan(policy_path: Path, spec: str, weights: Path | None = None, params: Params | None = None,
          output: Path | None = None, format: str = "text") -> int:
     """Print what the policy would do to the model (`text` or `json`, to stdout), and save it as JSON to `output`."""
     policy, loaded = _load(policy_path, spec, weights, params)
@@ -85,7 +85,7 @@ def plan(policy_path: Path, spec: str, weights: Path | None = None, params: Para
 
 
 @_reporting
-def compile(policy_path: Path, spec: str, weights: Path | None = None, params: Params | None = None,  # noqa: PLR0917
+def compile(policy_path: Path, spec: str, weights: Path | None = None, params: Params | None = None,
             output: Path = Path("out"), plan_file: Path | None = None) -> int:
     """Carry the policy out on the model and write the artifact to `output`. There is no training here: every phase runs
     at once and every ramp goes to its end. A plan in `plan_file` is refused if the policy or the model is another."""

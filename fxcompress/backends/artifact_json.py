@@ -120,7 +120,7 @@ class Cursor:
     def identifier(self) -> str:
         """A plain Python name. Generated code is made of these, so nothing else may ever pass."""
         name = self.text()
-        if not IDENTIFIER.fullmatch(name) or iskeyword(name):
+        if not IDENTIFIER.fullmatch(name) or name.startswith("__") or iskeyword(name):
             fail("FXC0606", f"{self.place}: {printable(name)} is not a plain name")
         return name
 

@@ -23,7 +23,7 @@ _TEXTS, _FLAGS = ("path", "source"), ("no_grad",)
 
 def save_meta(node: fx.Node) -> dict[str, Any]:
     """What an artifact keeps of `node.meta`; empty if there is nothing."""
-    meta: dict[str, Any] = {name: str(node.meta[name]) for name in _TEXTS if node.meta.get(name)}
+    meta: dict[str, Any] = {name: str(node.meta[name]) for name in _TEXTS if node.meta.get(name) is not None}
     meta.update({name: True for name in _FLAGS if node.meta.get(name)})
     fact = node.meta.get("fxc")
     if isinstance(fact, NodeFact):

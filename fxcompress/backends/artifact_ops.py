@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from operator import getitem
 from typing import Any
 
 import torch
@@ -94,6 +95,8 @@ def check_call(target: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappin
         values = op.bind(args, kwargs)
     except TypeError as error:
         fail("FXC0604", f"{place}: the arguments don't fit the operator {op.name}", reason(error))
-    if op.target is getattr and (not isinstance(values["input"], fx.Node) or values["name"] not in READABLE):
+    if op.target in (getattr, getitem) and not isinstance(values["input"], fx.Node):
+        fail("FXC0604", f"{place}: {op.name} reads from a node, not from a constant")
+    if op.target is getattr and values["name"] not in READABLE:
         fail("FXC0606", f"{place}: the attribute {printable(str(values['name']))} may not be read",
              f"readable are {', '.join(sorted(READABLE))}")

@@ -21,6 +21,7 @@ from .artifact_values import DTYPES, UnsaveableError
 MAX_DIMS = 16
 MAX_PATHS = 200_000
 _FORMATS = {"channels_last": torch.channels_last, "channels_last_3d": torch.channels_last_3d}
+_RANKS = {"channels_last": 4, "channels_last_3d": 5}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -130,8 +131,10 @@ def _tensor_entry(name: str, role: str, persistent: bool, tensor: Tensor) -> dic
     if tensor.requires_grad:
         entry["requires_grad"] = True
     for text, memory_format in _FORMATS.items():
-        rank = 4 if text == "channels_last" else 5
-        if tensor.dim() == rank and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=memory_format):
+        if tensor.dim() != _RANKS[text]:
+            continue
+        plain = torch.empty(tensor.shape, device="meta")  # strides tell, where a size of 1 makes both layouts true
+        if tensor.stride() == plain.to(memory_format=memory_format).stride() != plain.stride():
             entry["memory_format"] = text
     return entry
 
@@ -231,7 +234,7 @@ def read_tensors(root: nn.Module, entries: Cursor, stored: dict[str, Tensor], de
         persistent = fields["persistent"].boolean() if "persistent" in fields else True
         _place(holders[holder], own, role, tensor, persistent=persistent, place=fields["name"].place)
         names[name] = (role, tensor)
-    _check_all_filled(root, stored)
+    _check_all_filled(root, {id(tensor) for _, tensor in names.values()}, stored)
     return frozenset(names)
 
 
@@ -261,9 +264,9 @@ def _stored_tensor(fields: Any, name: str, role: str, stored: dict[str, Tensor],
     tensor = tensor.to(device)
     if "memory_format" in fields:
         text = fields["memory_format"].choice(tuple(_FORMATS))
-        if len(shape) != (4 if text == "channels_last" else 5):
+        if len(shape) != _RANKS[text]:
             fail("FXC0604", f"{place}: {text} doesn't fit the shape {list(shape)}")
-        tensor = tensor.contiguous(memory_format=_FORMATS[text])
+        tensor = torch.empty_like(tensor, memory_format=_FORMATS[text]).copy_(tensor)
     if role == "parameter":
         return nn.Parameter(tensor, requires_grad)
     return tensor.requires_grad_(requires_grad)
@@ -275,7 +278,7 @@ def _place(holder: nn.Module, name: str, role: str, tensor: Tensor, *, persisten
     made = tables[role]
     if name in made:
         old = made[name]
-        if old is None or not old.is_meta or old.shape != tensor.shape:
+        if old is None or old.shape != tensor.shape:
             found = "nothing" if old is None else str(list(old.shape))
             fail("FXC0607", f"{place}: a tensor {list(tensor.shape)} can't stand where its module has {found}")
         setattr(holder, name, tensor)  # through the module, which may keep its own list of weights (nn.LSTM)
@@ -289,9 +292,9 @@ def _place(holder: nn.Module, name: str, role: str, tensor: Tensor, *, persisten
         setattr(holder, name, tensor)
 
 
-def _check_all_filled(root: nn.Module, stored: dict[str, Tensor]) -> None:
+def _check_all_filled(root: nn.Module, filled: set[int], stored: dict[str, Tensor]) -> None:
     for name, tensor in (*root.named_parameters(), *root.named_buffers()):
-        if tensor.is_meta:
+        if id(tensor) not in filled:
             fail("FXC0607", f"graph.json lists no tensor {printable(name)}, which its module needs")
     if stored:
         fail("FXC0607", f"weights.safetensors holds {printable(sorted(stored)[0])}, which graph.json doesn't list")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
+from ..render import clean
 from .report import report
 from .rows import Model, open_model, plan_of
 
@@ -22,6 +23,6 @@ def html_page(model: Model, title: str | None = None) -> str:
     if plan is not None:
         sections.append(f"<h4>plan</h4>{plan._repr_html_()}")
     if shown.policy:
-        sections.append(f"<h4>policy</h4><pre>{escape(shown.policy)}</pre>")
+        sections.append(f"<h4>policy</h4><pre>{escape(clean(shown.policy, keep_newlines=True))}</pre>")
     return (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(shown.name)}</title>'
             f"<style>{_STYLE}</style><body>{''.join(sections)}</body></html>\n")
