@@ -150,6 +150,13 @@ def test_override_in_the_finished_model() -> None:
     assert shares == {"one": 0.25, "two": 0.5, "left": 0.5, "right": 0.5, "fc": 0.0}
 
 
+def test_override_takes_what_the_other_action_could_not_do() -> None:
+    text = "mask conv2d { granularity = 2:4 }\n"  # the first convolutions have 3 inputs: no groups of 4
+    assert {code for code, _, _ in refused(text)} == {"FXC0504"}
+    made = planned(text + 'override mask "one" | "two" { sparsity = 50% }')
+    assert [change.path for change in made.steps[0].changes] == ["left", "right"]
+
+
 def test_an_action_that_is_overridden_whole_does_nothing() -> None:
     made = planned('mask "one" { sparsity = 50% }\noverride mask conv2d { sparsity = 10% }')
     assert made.steps[0].changes == () and made.steps[0].notes == ("nothing is left to it",)
@@ -187,7 +194,8 @@ def test_reading_fewer_channels_is_no_conflict() -> None:
 
 
 PHASES = "phase a{} {{ mask conv2d {{ sparsity = 50% }} }}\nphase b{} {{ mask conv2d {{ sparsity = 60% }} }}"
-TIMES = [("", "", False), ("", " after a", True), (" over epochs 0..3", " after a", True), ("", " over epochs 0..3", False),
+TIMES = [("", "", False), ("", " after a", True), (" over epochs 0..3", " after a", True),
+         ("", " over epochs 0..3", False),
          (" over epochs 0..3", " over epochs 3..5", False), (" over epochs 0..3", " over epochs 3..5 after a", True),
          (" over steps 0..30", " over epochs 3..5 after a", False),
          (" over 0%..30% of training", " over 30%..90% of training after a", True), (" after b", "", True)]

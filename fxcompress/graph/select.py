@@ -89,6 +89,7 @@ class Selecting:
         self.captured, self.lets, self.sink = captured, lets, sink
         self.graph = captured.module.graph
         self.order = {node: place for place, node in enumerate(self.graph.nodes)}
+        self.names = frozenset(node.name for node in self.graph.nodes)
         self.kinds: dict[str, list[fx.Node]] = {}
         for node in self.graph.nodes:
             self.kinds.setdefault(kind_of(node), []).append(node)

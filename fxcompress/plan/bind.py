@@ -113,7 +113,8 @@ class Binder:
 
     def _check_gone(self, ref: Ref, optional: bool) -> None:
         """Report nodes of a `let` that are gone and left no successor."""
-        gone = [name for name in self.names[ref.name] if not self.captured.nodes_named([name])]
+        alive = self.selecting().names
+        gone = [name for name in self.names[ref.name] if name not in alive and not self.captured.nodes_named([name])]
         if not gone or optional:
             return
         notes = [f"`{name}` went with {self.fates[name]}" for name in gone if name in self.fates]

@@ -62,8 +62,18 @@ class DryRun:
         self.ledger = Ledger(self.policy, self.sink)
 
     def run(self) -> None:
-        """Carry out every step that can be; what is wrong goes to the sink."""
+        """Carry out every step that can be; what is wrong goes to the sink.
+
+        Raises RewriteError for a pass that breaks an invariant, unless that may be in the wake of an error before it.
+        """
         binder = Binder(self.policy, self.captured, self.sink)
+        try:
+            self._run(binder)
+        except RewriteError:
+            if not self.sink.items:
+                raise
+
+    def _run(self, binder: Binder) -> None:
         for step in self.steps:
             before = len(self.sink.items)
             left = tuple(label(node) for node in self.captured.graph.nodes if node.name in step.leaves)
@@ -86,8 +96,6 @@ class DryRun:
         try:
             return binder.carry_out(step, site)
         except RewriteError:
-            if self.sink.items:  # in the wake of an error that is reported already
-                raise PlanError(self.sink.items) from None
             raise
         except FxcError as error:
             self.sink.items.extend(error.diagnostics)
@@ -142,6 +150,7 @@ def _settled(policy: Policy, captured: Captured, sink: Sink) -> tuple[DryRun, se
     """A dry run in which overridden actions leave alone what others override, and the steps that override something.
 
     A run can find further overlaps, for it binds what the one before it could not; they only grow, so that this ends.
+    Only the errors of the last run count: what a pass refuses may be what another action overrides.
     """
     leaves: dict[int, frozenset[str]] = {}
     overrode: set[int] = set()
@@ -149,11 +158,11 @@ def _settled(policy: Policy, captured: Captured, sink: Sink) -> tuple[DryRun, se
         run = DryRun(policy, lower(policy, leaves), captured.skeleton(), Sink())
         run.run()
         overrode |= run.ledger.overrode
-        if run.sink.items or not run.ledger.leaves:
+        more = {number: leaves.get(number, frozenset()) | names for number, names in run.ledger.leaves.items()}
+        if more.items() <= leaves.items():
             sink.items.extend(run.sink.items)
             return run, overrode
-        for number, names in run.ledger.leaves.items():
-            leaves[number] = leaves.get(number, frozenset()) | names
+        leaves.update(more)
 
 
 def _idle(run: DryRun, overrode: set[int]) -> list[str]:
