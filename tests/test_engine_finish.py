@@ -6,8 +6,9 @@ import copy
 
 import pytest
 import torch
+import torchvision
 from engine_nets import EXAMPLE, SPARSE, Net, batches, code_of, masks, sgd, train
-from torch import nn
+from torch import Tensor, nn
 
 import fxcompress
 from fxcompress.diagnostics import PlanError, PolicyError
@@ -150,3 +151,31 @@ def test_a_notebook_shows_phases_and_masks(model: nn.Module) -> None:
     html = result._repr_html_()
     assert "<td>fc1.weight</td><td>25.0%</td>" in html and "<td>sparsify</td><td>50%</td>" in html
     assert repr(result) == "Result(policy 'p' on Net: sparsify 50%)"
+
+
+class Dropping(nn.Module):
+    """Drops by module, by function, and by depth."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.drop = nn.Linear(6, 8), nn.Linear(8, 8), nn.Dropout(0.5)
+        self.depth = torchvision.ops.StochasticDepth(0.5, "row")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.drop(self.first(x))
+        return x + self.depth(nn.functional.dropout(self.second(x), 0.3, self.training))
+
+
+def test_finalize_takes_out_what_only_acts_in_training() -> None:
+    torch.manual_seed(0)
+    model, x = Dropping(), torch.randn(5, 6)
+    result = fxcompress.compile("policy p { mask linear { sparsity = 25% } }", model, (x,))
+    deployed = result.finalize(target="cpu")
+    assert {kind_of(node) for node in deployed.graph.nodes} == {"input", "linear", "add", "output"}
+    assert list(deployed.state_dict()) == list(model.state_dict())
+    deployed.train()
+    assert torch.equal(deployed(x), result.module.eval()(x))
+    assert "dropout" in {kind_of(node) for node in result.module.graph.nodes}  # what is trained keeps it
+    loss = deployed(x).sum()
+    loss.backward()
+    assert all(p.grad is not None for p in deployed.parameters())

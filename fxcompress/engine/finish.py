@@ -13,6 +13,7 @@ from ..graph.captured import Captured, Example, Origin
 from ..graph.provenance import origins_of
 from ..graph.select import Bound
 from ..graph.verify import Before, verify
+from ..passes.shared.inference import bake_evaluation
 from ..passes.shared.masking import remove_masks
 from ..plan.budgets import judge
 from ..plan.build import totals_of
@@ -41,6 +42,16 @@ def take_masks_off(captured: Captured, *, fold: bool) -> None:
     verify(captured, before)
 
 
+def take_training_off(captured: Captured) -> None:
+    """Remove what only acts in training (dropout, stochastic depth, switches of the mode), in place and verified."""
+    before = Before.of(captured)
+    for node in bake_evaluation(captured):
+        origin = Origin("finalize", "python", "result.finalize()", "(end)", "reads past a dropout")
+        node.meta["origins"] = (*origins_of(node), origin)
+    captured.refresh()
+    verify(captured, before)
+
+
 def finish(captured: Captured, policy: Policy, baseline: Baseline, lets: Mapping[str, Bound], target: str) -> Finished:
     """A copy of `captured` for `target` with nothing left of training, in evaluation mode.
 
@@ -48,6 +59,7 @@ def finish(captured: Captured, policy: Policy, baseline: Baseline, lets: Mapping
     """
     final = captured.copy()
     take_masks_off(final, fold=True)
+    take_training_off(final)
     final.module.zero_grad(set_to_none=True)
     final.module.eval()
     final = replace(final, module=final.module.to(target), example=_moved(final.example, target))
