@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
 
 from fxcompress.diagnostics import CaptureError
@@ -128,9 +129,10 @@ def _arithmetic(m: Any, x: Tensor) -> Tensor:
     z = 1 - y / 3 + torch.add(y, x[:, :1], alpha=2) - torch.sub(y, 1, alpha=3) + torch.rsub(y, 2, alpha=0.5)
     whole = x[:, :1].int()
     z = z + (y.detach() // 0.5) + (whole // 2) + torch.div(whole, 3, rounding_mode="floor")
-    z = z + 2 / (y.abs() + 1) + y.square() ** 0.5 + 2.0 ** y.sigmoid() + (y % 0.3) + torch.div(y, 2, rounding_mode="floor")
+    z = z + 2 / (y.abs() + 1) + y.square() ** 0.5 + 2.0 ** y.sigmoid() + (y % 0.3)
+    z = z + torch.div(y, 2, rounding_mode="floor") + torch.where(y > 0, y, y.exp() - 1)
     z = z + (-y).clip(-1, 1).clamp_min(-0.5) + y.var((2, 3), keepdim=True, unbiased=False) + y.std(dim=1, keepdim=True)
-    return z + torch.where(y > 0, y, y.exp() - 1) + torch.max(y, x[:, :1]) + y.max(dim=1, keepdim=True).values + y.amax((2, 3), True)
+    return z + torch.max(y, x[:, :1]) + y.max(dim=1, keepdim=True).values + y.amax((2, 3), True)
 
 
 def _shapes(m: Any, x: Tensor) -> Tensor:
@@ -189,8 +191,10 @@ FORMS: dict[str, tuple[Any, dict[str, Any]]] = {
     "group norm": (lambda m, x: m.n(m.c(x)), {"c": conv, "n": lambda: nn.GroupNorm(2, 4)}),
     "instance norm": (lambda m, x: m.n(m.c(x)), {"c": conv, "n": lambda: nn.InstanceNorm2d(4, affine=True)}),
     "transposed": (lambda m, x: m.t(m.c(x)), {"c": conv, "t": lambda: nn.ConvTranspose2d(4, 2, 2, 2)}),
-    "resize": (lambda m, x: F.interpolate(m.c(x), scale_factor=2, mode="bilinear") + F.interpolate(x, (16, 16))[:, :1], {"c": conv}),
-    "pools": (lambda m, x: m.a(m.p(m.c(x))).flatten(1), {"c": conv, "p": lambda: nn.MaxPool2d(2), "a": lambda: nn.AdaptiveAvgPool2d((1, 1))}),
+    "resize": (lambda m, x: F.interpolate(m.c(x), scale_factor=2, mode="bilinear") + F.interpolate(x, (16, 16))[:, :1],
+               {"c": conv}),
+    "pools": (lambda m, x: m.a(m.p(m.c(x))).flatten(1),
+              {"c": conv, "p": lambda: nn.MaxPool2d(2), "a": lambda: nn.AdaptiveAvgPool2d((1, 1))}),
     "identity": (lambda m, x: m.i(m.c(x)), {"c": conv, "i": nn.Identity}),
     "weight norm": (lambda m, x: m.c(x), {"c": lambda: nn.utils.parametrizations.weight_norm(conv())}),
 }
@@ -224,7 +228,8 @@ class Sequences(nn.Module):
         self.scales = nn.ParameterList([nn.Parameter(torch.full((8,), 1.0 + n)) for n in range(2)])
         self.register_buffer("shift", torch.ones(8))
 
-    def forward(self, ids: Tensor, mask: Tensor | None = None, scale: float = 1.0, *, extra: Tensor | None = None) -> Answer:
+    def forward(self, ids: Tensor, mask: Tensor | None = None, scale: float = 1.0, *,
+                extra: Tensor | None = None) -> Answer:
         x = self.embed(ids)
         x, (h, _) = self.lstm(x)
         x, _ = self.gru(x)
@@ -281,7 +286,8 @@ def test_both_ways_name_paths_and_lines(way: str) -> None:
 def test_a_batch_of_one_is_dynamic_too() -> None:
     model = Net(_dynamic_sizes, c=conv())
     for way in WAYS:
-        assert_same(model, capture(model, torch.randn(1, 3, 8, 8), way), torch.randn(4, 3, 8, 8))  # type: ignore[arg-type]
+        captured = capture(model, torch.randn(1, 3, 8, 8), way)  # type: ignore[arg-type]
+        assert_same(model, captured, torch.randn(4, 3, 8, 8))
 
 
 def test_a_fixed_batch_says_where() -> None:
@@ -298,7 +304,8 @@ def test_the_model_stays_as_it_is() -> None:
     model[2].eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     captured = capture(model, (torch.randn(2, 3, 8, 8),))
-    assert [m.training for m in model] == [True, True, False] == [captured.module.get_submodule(str(n)).training for n in range(3)]
+    assert [m.training for m in model] == [True, True, False]
+    assert [captured.module.get_submodule(str(n)).training for n in range(3)] == [True, True, False]
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     with torch.no_grad():
         captured.module.get_parameter("0.weight").zero_()
@@ -319,7 +326,8 @@ def test_a_model_on_meta_is_a_skeleton() -> None:
 def test_subclasses_that_call_their_base_operator_are_that_layer() -> None:
     class ChannelNorm(nn.LayerNorm):
         def forward(self, x: Tensor) -> Tensor:
-            return F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
+            y = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
+            return y.permute(0, 3, 1, 2)
 
     class StandardizedConv(nn.Conv2d):
         def forward(self, x: Tensor) -> Tensor:
@@ -330,7 +338,8 @@ def test_subclasses_that_call_their_base_operator_are_that_layer() -> None:
         def forward(self, x: Tensor) -> Tensor:
             if self.training:
                 self.num_batches_tracked.add_(1)
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.1, self.eps).relu()
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.1,
+                                self.eps).relu()
 
     model = nn.Sequential(conv(), ChannelNorm(4), StandardizedConv(4, 4, 3), NormAct(4))
     for way in WAYS:
@@ -343,6 +352,40 @@ def test_subclasses_that_call_their_base_operator_are_that_layer() -> None:
             x = torch.randn(3, 3, 8, 8)
             copied = capture(model.train(training), x).module
             assert torch.equal(model(x), copied(x))
+
+
+class DropPath(nn.Module):
+    """As models outside torchvision write it (timm, transformers)."""
+
+    def __init__(self, drop_prob: float | None, scale_by_keep: bool = True) -> None:
+        super().__init__()
+        self.drop_prob, self.scale_by_keep = drop_prob, scale_by_keep
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.drop_prob or not self.training:
+            return x
+        mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(1 - self.drop_prob)
+        return x * (mask.div_(1 - self.drop_prob) if self.scale_by_keep else mask)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_dropped_paths(way: str) -> None:
+    model = nn.Sequential(conv(), DropPath(0.5), DropPath(0.0), DropPath(None)).eval()
+    captured = capture(model, torch.randn(2, 3, 8, 8), way)  # type: ignore[arg-type]
+    assert [kind_of(node) for node in captured.graph.nodes] == ["input", "conv2d", "stochastic_depth", "output"]
+    assert type(captured.module.get_submodule("1")) is torchvision.ops.StochasticDepth
+    assert_same(model, captured, torch.randn(6, 3, 8, 8))
+    unscaled = capture(nn.Sequential(conv(), DropPath(0.5, False)).eval(), torch.randn(2, 3, 8, 8),
+                       way)  # type: ignore[arg-type]
+    assert any("another way" in note for note in unscaled.notes)
+
+
+def test_leaves_are_of_torch_s_own_classes() -> None:
+    class Mine(nn.Conv2d):
+        """Nothing of its own."""
+
+    captured = capture(nn.Sequential(Mine(3, 4, 3)), torch.randn(2, 3, 8, 8))
+    assert type(captured.module.get_submodule("0")) is nn.Conv2d
 
 
 REFUSED = {

@@ -10,9 +10,10 @@ from torchvision.ops import StochasticDepth
 
 from .captured import Captured, Example
 from .modes import merge_modes
+from .modules import MODULES
 from .ops import call
 from .probe import Fakes
-from .propagate import drop_dead, write_facts
+from .propagate import Results, drop_dead, write_facts
 from .trace import Traced, drop_rate, leaf_kind
 from .tree import graph_module, plain_tree
 from .twins import make_twin
@@ -27,7 +28,8 @@ def assemble(
     notes = list(recorder.notes)
     _detach_no_grad(traced)
     drop_dead(graph)
-    leaves = {str(node.target): _leaf(model, str(node.target), traced) for node in graph.nodes if node.op == "call_module"}
+    called = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+    leaves = {path: _leaf(model, path, traced) for path in called}
     tree = plain_tree(model, leaves)
     _register_constants(tree, traced)
     if other is not None:
@@ -35,7 +37,8 @@ def assemble(
         drop_dead(other.graph)
         if not merge_modes(graph, other.graph, tree, model.training):
             mode = "training" if model.training else "evaluation"
-            notes.append(f"the model takes another way through its code in the other mode: the graph always is that of {mode}")
+            notes.append("the model takes another way through its code in the other mode: "
+                         f"the graph always is that of {mode}")
     module = graph_module(tree, graph, re.sub(r"\W", "_", name))
     results = {node: traced.recorder.results[node] for node in graph.nodes if node in traced.recorder.results}
     _complete(graph, module, recorder.fakes, results)
@@ -52,7 +55,10 @@ def _leaf(model: nn.Module, path: str, traced: Traced) -> nn.Module:
     if path in traced.twins:
         return make_twin(module, traced.twins[path])
     if leaf_kind(module) == "stochastic_depth" and not isinstance(module, StochasticDepth):
-        return StochasticDepth(drop_rate(module), "row").train(module.training)
+        depth: nn.Module = StochasticDepth(drop_rate(module), "row").train(module.training)
+        return depth
+    if type(module) not in MODULES and not hasattr(module, "parametrizations"):
+        return make_twin(module, next(base for base in type(module).__mro__ if base in MODULES))
     return module
 
 
@@ -63,17 +69,17 @@ def _register_constants(tree: nn.Module, traced: Traced) -> None:
             tree.register_buffer(name, tensor, persistent=False)
 
 
-def _complete(graph: fx.Graph, module: nn.Module, fakes: Fakes, results: dict[fx.Node, tuple[Any, ...]]) -> None:
-    """Results of the nodes that were added after the trace."""
+def _complete(graph: fx.Graph, module: nn.Module, fakes: Fakes, results: Results) -> None:
+    """Results of the nodes that were added after the trace: `detach`, `ByMode` modules and the output."""
     for node in graph.nodes:
         if node not in results:
-            given = [fx.map_arg((node.args, dict(node.kwargs)), lambda n: results[n][probe]) for probe in range(len(fakes.batches))]  # noqa: B023
-            if node.op == "output":
-                results[node] = tuple(args[0] for args, _ in given)
-            elif node.op == "call_module":
-                results[node] = tuple(module.get_submodule(str(node.target))(*args, **kwargs) for args, kwargs in given)
-            else:
-                results[node] = tuple(args[0] for args, _ in given)  # detach
+            results[node] = tuple(_late(node, module, results, probe) for probe in range(len(fakes.batches)))
+
+
+def _late(node: fx.Node, module: nn.Module, results: Results, probe: int) -> Any:
+    if node.op == "call_module":
+        return module.get_submodule(str(node.target))()
+    return fx.map_arg(node.args[0], lambda other: results[other][probe])
 
 
 def _detach_no_grad(traced: Traced) -> None:
@@ -90,7 +96,8 @@ def _detach_no_grad(traced: Traced) -> None:
         if whole or not source:
             continue
         outside = [user for user in node.users if not user.meta.get("no_grad")]
-        if node.meta.get("no_grad") and node.op not in ("placeholder", "get_attr") and isinstance(value, Tensor) and outside:
+        inside = node.meta.get("no_grad") and node.op not in ("placeholder", "get_attr")
+        if inside and outside and isinstance(value, Tensor):
             with graph.inserting_after(node):
                 cut = call(graph, "detach", node)
             cut.meta.update({key: node.meta[key] for key in ("path", "source") if key in node.meta})

@@ -16,9 +16,9 @@ from .captured import Captured, Example
 from .dynamic import UntraceableError
 from .probe import Fakes, quiet
 from .propagate import device_of
-from .recorder import BatchFixedError
 from .trace import Traced, trace
 from .tree import clone_model
+from .values import BatchFixedError
 
 Way = Literal["auto", "fx", "export"]
 
@@ -28,16 +28,16 @@ def capture(
 ) -> Captured:
     """Capture `model` as a graph in normal form (`docs/design.md`); the model is left as it is.
 
-    `example_inputs` is one tensor, a tuple, or a mapping for inputs by keyword; the first dimension of the first tensor is
-    the batch, and the graph works for any batch size unless `Captured.fixed_batch` says why not. Weights may be on `meta`.
-    `way` is "fx" (run the model's code on fake tensors and record it), "export" (`torch.export`, put back into modules),
-    or "auto": the first, and where the model's code does what can't be recorded, the second.
+    `example_inputs` is one tensor, a tuple, or a mapping for inputs by keyword; the first dimension of the first
+    tensor is the batch, and the graph works for any batch size unless `Captured.fixed_batch` says why not. Weights
+    may be on `meta`. `way` is "fx" (run the model's code on fake tensors and record it), "export" (`torch.export`,
+    put back into modules), or "auto": the first, and where the model's code does what can't be recorded, the second.
 
-    The result follows `.train()` and `.eval()`, has the model's `state_dict` keys and mode, and returns plain containers:
-    mappings and dataclasses (the outputs of transformers) become dicts, named tuples become tuples.
+    The result follows `.train()` and `.eval()`, has the model's `state_dict` keys and mode, and returns plain
+    containers: mappings and dataclasses (the outputs of transformers) become dicts, named tuples become tuples.
 
-    Raises CaptureError: FXC0401 where no way takes the model, FXC0402 where the example inputs don't fit its `forward`,
-    FXC0403 where it isn't a module that can be copied.
+    Raises CaptureError: FXC0401 where no way takes the model, FXC0402 where the example inputs don't fit its
+    `forward`, FXC0403 where it isn't a module that can be copied.
     """
     _check_model(model)
     example = as_example(example_inputs)
@@ -78,7 +78,8 @@ class Inputs:
 
 
 def as_example(example_inputs: object) -> Example:
-    """The example inputs as an `Example`. Raises CaptureError (FXC0402) for anything but a tensor, tuple, list or mapping."""
+    """The example inputs as an `Example`. Raises CaptureError (FXC0402) for anything but a tensor, tuple, list or
+    mapping."""
     if isinstance(example_inputs, Example):
         return example_inputs
     if isinstance(example_inputs, Tensor):
@@ -92,7 +93,8 @@ def as_example(example_inputs: object) -> Example:
 
 
 def bind_inputs(model: nn.Module, example: Example) -> Inputs:
-    """Names for all inputs, from the signature of the model's `forward`. Raises CaptureError (FXC0402) where they don't fit."""
+    """Names for all inputs, from the signature of the model's `forward`. Raises CaptureError (FXC0402) where they
+    don't fit."""
     signature = inspect.signature(model.forward)
     try:
         signature.bind(*example.args, **example.kwargs)
@@ -143,7 +145,8 @@ def trace_both(
 ) -> tuple[Traced, Traced | None, str, tuple[str, ...]]:
     """The trace in the mode `training`, that in the other mode if the model asks for its mode, why the batch is fixed
     (empty if it isn't), and notes."""
-    fixed, batches = "", (batch, 2 * batch)
+    fixed = ""
+    batches: tuple[int, ...] = (batch, 2 * batch)
     try:
         traced = run(Fakes(batches, device), training)
     except BatchFixedError as error:
@@ -163,8 +166,10 @@ def _refused(name: str, failed: list[tuple[str, UntraceableError]]) -> CaptureEr
     """The diagnostic for a model that no way takes, with the model's line and what each way said."""
     first = failed[0][1]
     where = f" at {first.source}" if first.source else ""
-    notes = tuple(f"by {way}: {_short(error.reason)}{f' at {error.source}' if error.source else ''}" for way, error in failed)
-    return _error("FXC0401", f"`{name}` can't be captured: {_short(first.reason)}{where}", notes=notes[1:], help=_way_out(first.reason))
+    notes = tuple(f"by {way}: {_short(error.reason)}{f' at {error.source}' if error.source else ''}" for way,
+                  error in failed)
+    return _error("FXC0401", f"`{name}` can't be captured: {_short(first.reason)}{where}", notes=notes[1:],
+                  help=_way_out(first.reason))
 
 
 def _short(reason: str, limit: int = 200) -> str:
@@ -180,5 +185,5 @@ def _way_out(reason: str) -> str:
     return "rewrite that line with torch operations on tensors, or capture the part of the model without it"
 
 
-def _error(code: str, message: str, notes: tuple[str, ...] = (), help: str | None = None) -> CaptureError:  # noqa: A002
+def _error(code: str, message: str, notes: tuple[str, ...] = (), help: str | None = None) -> CaptureError:
     return CaptureError([Diagnostic(code, message, notes=notes, help=help)])

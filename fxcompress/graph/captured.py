@@ -50,8 +50,10 @@ class Origin:
 class Captured:
     """A model in normal form. Passes rewrite it in place; `copy()` first to keep the input.
 
-    * parameterised operators are `call_module` nodes, everything else one call under one canonical name (`graph/ops.py`)
-    * `concrete` is False for a skeleton: its weights are fake (on the `meta` device), and nothing may depend on their values
+    * parameterised operators are `call_module` nodes, everything else one call under one canonical name
+      (`graph/ops.py`)
+    * `concrete` is False for a skeleton: its weights are fake (on the `meta` device), and nothing may depend on
+      their values
     * `node.meta["fxc"]` holds the node's `NodeFact` (`graph/facts.py`), refreshed by `refresh()`
     * `node.meta["origins"]` holds its provenance, a tuple of `Origin`
     * `fixed_batch` says, where it isn't empty, why the graph only works for the example's batch size
@@ -91,20 +93,20 @@ class Captured:
         return replace(self, module=copy_module(self.module, torch.Tensor.clone), moved=dict(self.moved))
 
     def skeleton(self) -> Captured:
-        """The same graph with weights on the `meta` device: nothing is allocated. Free for one that is a skeleton already
-        in memory, not in identity: its graph is a copy too."""
+        """The same graph with weights on the `meta` device: nothing is allocated. Free for one that is a skeleton
+        already in memory, not in identity: its graph is a copy too."""
         return replace(self, module=copy_module(self.module, _meta), moved=dict(self.moved), concrete=False)
 
     def refresh(self) -> None:
-        """After a rewrite: drop dead nodes, check and recompile the graph, compute shapes and facts anew. Takes time linear
-        in the nodes and computes on fakes only. Raises RewriteError (FXC0406) where a node can't be computed."""
+        """After a rewrite: drop dead nodes, check and recompile the graph, compute shapes and facts anew. Takes time
+        linear in the nodes and computes on fakes only. Raises RewriteError (FXC0406) where a node can't be computed."""
         propagate(self)
         self.module.recompile()
         self._facts = None
 
     def replace(self, old: fx.Node, new: fx.Node, successors: Iterable[fx.Node] = ()) -> None:
-        """Let `new` take the place of `old`: its users, path and provenance go over, `old` is erased and `moved` remembers
-        its `successors` (by default `new` alone)."""
+        """Let `new` take the place of `old`: its users, path and provenance go over, `old` is erased and `moved`
+        remembers its `successors` (by default `new` alone)."""
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
         for key in ("origins", "path", "source"):
             if key in old.meta and key not in new.meta:
@@ -115,13 +117,15 @@ class Captured:
         self.moved[old.name] = tuple(node.name for node in successors) or (new.name,)
 
     def node(self, path: str) -> fx.Node:
-        """The node called `path`, or the operator at module path `path`. Raises LookupError if there is none or several."""
+        """The node called `path`, or the operator at module path `path`. Raises LookupError if there is none or
+        several."""
         found = [n for n in self.graph.nodes if n.name == path]
         found = found or [n for n in self.graph.nodes if path_of(n) == path and n.op == "call_module"]
         found = found or [n for n in self.graph.nodes if path_of(n) == path and n.op == "call_function"]
         if len(found) != 1:
             raise LookupError(f"{len(found)} nodes at {path!r}")
-        return found[0]
+        node: fx.Node = found[0]
+        return node
 
     def nodes_named(self, names: Iterable[str]) -> tuple[fx.Node, ...]:
         """The nodes of these names in graph order, following `moved` for those that are gone."""

@@ -1,7 +1,8 @@
 """Calls whose canonical form can't be read off their argument names: one small function per operator.
 
-Each takes the recorder, the source and the bound arguments, and gives either the arguments to emit the operator with, or
-the finished result wrapped in `Done`. A call that has no canonical form raises `NoCanonicalForm` and is recorded as it is.
+Each takes the recorder, the source and the bound arguments, and gives either the arguments to emit the operator
+with, or the finished result wrapped in `Done`. A call that has no canonical form raises `NoCanonicalFormError` and is
+recorded as it is.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from .dynamic import DynInt
 from .sources import Source
+from .values import flat
 
 if TYPE_CHECKING:
     from .recorder import Recorder
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 Values = dict[str, Any]
 
 
-class NoCanonicalForm(Exception):
+class NoCanonicalFormError(Exception):
     """The call stays as it is."""
 
 
@@ -60,7 +62,7 @@ def _div(rec: Recorder, source: Source, values: Values) -> Values | Done:
     if mode == "floor" and whole:  # of floats, `floor_divide` has no gradient
         return Done(rec.call("floor_divide", values["input"], values["other"]))
     if mode is not None:
-        raise NoCanonicalForm
+        raise NoCanonicalFormError
     return values
 
 
@@ -69,7 +71,7 @@ def _swapped(rec: Recorder, source: Source, values: Values) -> Values:
         first, second = list(values)[:2]
         values[first], values[second] = values[second], values[first]
     if _last(source) == "float_power":
-        raise NoCanonicalForm
+        raise NoCanonicalFormError
     return values
 
 
@@ -79,7 +81,7 @@ def _reshape(rec: Recorder, source: Source, values: Values) -> Values:
     if len(shape) == 1 and isinstance(shape[0], Tensor):
         values["shape"] = tuple(rec.shape_of(shape[0]))
     elif any(isinstance(item, torch.dtype) for item in shape):
-        raise NoCanonicalForm
+        raise NoCanonicalFormError
     return values
 
 
@@ -89,13 +91,14 @@ def _expand(rec: Recorder, source: Source, values: Values) -> Values:
     return values
 
 
-_DTYPES = {"float": torch.float32, "half": torch.float16, "double": torch.float64, "bfloat16": torch.bfloat16, "int": torch.int32,
+_DTYPES = {"float": torch.float32, "half": torch.float16, "double": torch.float64, "bfloat16": torch.bfloat16,
+           "int": torch.int32,
            "long": torch.int64, "bool": torch.bool, "short": torch.int16, "byte": torch.uint8}
 
 
 def _to(rec: Recorder, source: Source, values: Values) -> Values | Done:
-    """Every conversion of dtype or device. Tensors of one module live on one device, so that a move to the device of the
-    example is dropped, and the graph works wherever the module goes."""
+    """Every conversion of dtype or device. Tensors of one module live on one device, so that a move to the device of
+    the example is dropped, and the graph works wherever the module goes."""
     name = _last(source)
     given = [values.get("dtype"), values.get("device"), values.get("other")]
     dtype, device = _DTYPES.get(name), None
@@ -107,13 +110,13 @@ def _to(rec: Recorder, source: Source, values: Values) -> Values | Done:
         elif isinstance(item, str | torch.device | int) and not isinstance(item, bool) and name != "type":
             device = torch.device(item)
         elif isinstance(item, str):
-            raise NoCanonicalForm
+            raise NoCanonicalFormError
     if name in ("cpu", "cuda"):
         device = torch.device(name)
     if device is not None and device.type != rec.device.type:
         rec.refuse(f"the model moves a tensor to {device} by name")
     if name == "type" and dtype is None:
-        raise NoCanonicalForm
+        raise NoCanonicalFormError
     if dtype is None or dtype == rec.dtype_of(values["input"]):
         return Done(values["input"])
     return {"input": values["input"], "dtype": dtype}
@@ -176,7 +179,7 @@ def _split(rec: Recorder, source: Source, values: Values) -> Values:
         dim = values.get("dim", 0)
         parts = torch.tensor_split(rec.fake(values["tensor"]), values["split_size_or_sections"], dim)
         if dim in rec.dynamic_dims(values["tensor"]):
-            raise NoCanonicalForm
+            raise NoCanonicalFormError
         values["split_size_or_sections"] = tuple(part.shape[dim] for part in parts)
     return values
 
@@ -202,8 +205,8 @@ def _tensor(rec: Recorder, source: Source, values: Values) -> Values | Done:
     if isinstance(data, Tensor):
         wanted = values.get("dtype") or rec.dtype_of(data)
         return Done(rec.call("to", data, dtype=wanted))
-    if any(isinstance(item, Tensor | DynInt) for item in rec.flat(data)):
-        raise NoCanonicalForm
+    if any(isinstance(item, Tensor | DynInt) for item in flat(data)):
+        raise NoCanonicalFormError
     return rec.create(source.op, values)
 
 
@@ -214,7 +217,8 @@ def _interpolate(rec: Recorder, source: Source, values: Values) -> Values:
     name = _last(source).removeprefix("upsample").strip("_")
     antialias = name.endswith("aa")
     mode = name.removesuffix("_aa").lstrip("_")
-    mode = {"nearest1d": "nearest", "nearest2d": "nearest", "nearest3d": "nearest", "linear1d": "linear", "bilinear2d": "bilinear",
+    mode = {"nearest1d": "nearest", "nearest2d": "nearest", "nearest3d": "nearest", "linear1d": "linear",
+            "bilinear2d": "bilinear",
             "trilinear3d": "trilinear", "bicubic2d": "bicubic"}[mode]
     size, factors = values.get("output_size"), values.get("scale_factors")
     return {"input": values["input"], "size": None if size is None else tuple(size),
@@ -233,7 +237,8 @@ def _bernoulli(rec: Recorder, source: Source, values: Values) -> Values | Done:
 
 def _einsum(rec: Recorder, source: Source, values: Values) -> Values:
     operands = values["operands"]
-    values["operands"] = tuple(operands[0]) if len(operands) == 1 and isinstance(operands[0], list | tuple) else tuple(operands)
+    values["operands"] = tuple(operands[0]) if len(operands) == 1 and isinstance(operands[0],
+                                                                                 list | tuple) else tuple(operands)
     return values
 
 
@@ -265,15 +270,14 @@ def _attention(rec: Recorder, source: Source, values: Values) -> Values:
     return values
 
 
+_SWAPPED = ("mul", "pow", "floor_divide", "remainder", "matmul", "and", "or", "xor")
+_CREATED = ("zeros", "ones", "empty", "rand", "randn", "new_zeros", "new_ones", "new_empty", "full", "new_full",
+            "linspace", "eye", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like")
 CONVERTERS: Mapping[str, Converter] = {
-    "add": _sum, "sub": _sum, "div": _div, **{name: _swapped for name in (
-        "mul", "pow", "floor_divide", "remainder", "matmul", "and", "or", "xor")}, "reshape": _reshape,
-    "expand": _expand, "to": _to, "clone": _same_value, "contiguous": _contiguous, "var": _variance, "std": _variance,
-    "var_mean": _variance, "std_mean": _variance, "max": _extremum, "min": _extremum, "transpose": _transpose,
-    "getitem": _getitem, "split": _split, "interpolate": _interpolate, "bernoulli": _bernoulli, "einsum": _einsum, "pad": _pad,
-    "embedding": _embedding, "softmax": _softmax, "log_softmax": _softmax, "scaled_dot_product_attention": _attention,
-    "arange": _arange, "tensor": _tensor, "new_tensor": _tensor,
-    **{name: _created for name in (
-        "zeros", "ones", "empty", "rand", "randn", "new_zeros", "new_ones", "new_empty", "full", "new_full", "linspace", "eye",
-        "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like")},
+    "add": _sum, "sub": _sum, "div": _div, "reshape": _reshape, "expand": _expand, "to": _to, "clone": _same_value,
+    "contiguous": _contiguous, "var": _variance, "std": _variance, "var_mean": _variance, "std_mean": _variance,
+    "max": _extremum, "min": _extremum, "transpose": _transpose, "getitem": _getitem, "split": _split,
+    "interpolate": _interpolate, "bernoulli": _bernoulli, "einsum": _einsum, "pad": _pad, "embedding": _embedding,
+    "softmax": _softmax, "log_softmax": _softmax, "scaled_dot_product_attention": _attention, "arange": _arange,
+    "tensor": _tensor, "new_tensor": _tensor, **dict.fromkeys(_SWAPPED, _swapped), **dict.fromkeys(_CREATED, _created),
 }

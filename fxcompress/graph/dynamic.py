@@ -35,14 +35,12 @@ class _Dynamic:
         return f"dynamic({self.node.name}={self.values})"
 
     def __bool__(self) -> bool:
-        if all(self.values):
-            return bool(self != 0)
-        self._fail("a condition")
+        return self.recorder.decide(operator.ne, self.values, (0,) * len(self.values))
 
-    def __hash__(self) -> int:
+    def __hash__(self) -> int:  # noqa: PLE0309
         self._fail("a dictionary key")
 
-    def __index__(self) -> int:
+    def __index__(self) -> int:  # noqa: PLE0305
         self._fail("a Python integer")
 
     def __int__(self) -> int:
@@ -86,7 +84,7 @@ for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
     setattr(_Dynamic, f"__r{_name}__", _arithmetic(getattr(operator, _name), swap=True))
 for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
     setattr(_Dynamic, f"__{_name}__", _comparison(getattr(operator, _name)))
-_Dynamic.__neg__ = _unary(operator.neg)  # type: ignore[attr-defined]
+setattr(_Dynamic, "__neg__", _unary(operator.neg))  # noqa: B010
 
 
 class DynInt(_Dynamic, torch.SymInt):  # type: ignore[misc]
@@ -114,7 +112,7 @@ def holds_for_every_batch(
     slope = (difference[1] - difference[0]) / (batches[1] - batches[0])
     at = [difference[0] + slope * (batch - batches[0]) for batch in (1, *batches, 2**20)]
     outcomes = {function(round(value, 6), 0) for value in at}
-    if slope and function in (operator.eq, operator.ne):  # a line that crosses zero at a whole batch size between the probes
+    if slope and function in (operator.eq, operator.ne):  # a line may cross zero at a batch size between the probes
         root = batches[0] - difference[0] / slope
         if root >= 1 and abs(root - round(root)) < 1e-9:
             return None

@@ -1,8 +1,9 @@
 """The second way of capture: `torch.export`, for models whose code does what can't be recorded as it runs.
 
-While the model is exported, each of its leaf modules is one call of the operator `fxcompress::leaf`, so that it comes out as
-one node with all its inputs, in either mode, and is put back as a `call_module` node of the module itself. The exported graph
-is then run through the recorder, as the model's code is in the first way: the normal form of both is the same.
+While the model is exported, each of its leaf modules is one call of the operator `fxcompress::leaf`, so that it
+comes out as one node with all its inputs, in either mode, and is put back as a `call_module` node of the module
+itself. The exported graph is then run through the recorder, as the model's code is in the first way: the normal form
+of both is the same.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from . import frames
 from .assemble import assemble
 from .captured import Captured, Example
 from .dynamic import UntraceableError
-from .modules import module_kind
 from .probe import Fakes, map_tensors
 from .propagate import device_of
-from .recorder import BatchFixedError, Recorder
-from .trace import Traced, watched_modes, leaf_kind, plain, state_names
+from .recorder import Recorder
+from .trace import Traced, leaf_kind, plain, state_names, vanishes, watched_modes
 from .trace_errors import RAISED_BY_MODELS
 from .twins import Twins
+from .values import BatchFixedError
 
 if TYPE_CHECKING:
     from .capture import Inputs
@@ -105,14 +106,16 @@ def _leaf_forward(path: str, module: nn.Module, original: Callable[..., Any]) ->
         name = f"{len(_now.calls)}"
         leaf = _now.calls[name] = Leaf(path, module, others, spec)
         outputs = iter(torch.ops.fxcompress.leaf(tensors, name))
-        return pytree.tree_unflatten([next(outputs) if tensor else None for tensor in leaf.outputs["items"]], leaf.outputs["spec"])
+        return pytree.tree_unflatten([next(outputs) if tensor else None for tensor in leaf.outputs["items"]],
+                                     leaf.outputs["spec"])
 
     return forward
 
 
 @contextlib.contextmanager
 def _leaves_as_operators(model: nn.Module) -> Iterator[None]:
-    """While it lasts, leaf modules of `model` call the operator `fxcompress::leaf`, and `model` returns plain containers."""
+    """While it lasts, leaf modules of `model` call the operator `fxcompress::leaf`, and `model` returns plain
+    containers."""
     original = model.forward
 
     @functools.wraps(original)
@@ -121,8 +124,8 @@ def _leaves_as_operators(model: nn.Module) -> Iterator[None]:
 
     leaves = {path: module for path, module in model.named_modules() if path and leaf_kind(module)}
     for path, module in leaves.items():
-        module.forward = _leaf_forward(path, module, type(module).forward.__get__(module))  # type: ignore[method-assign]
-    model.forward = forward  # type: ignore[method-assign]
+        module.forward = _leaf_forward(path, module, type(module).forward.__get__(module))
+    model.forward = forward
     try:
         yield
     finally:
@@ -257,7 +260,7 @@ class _Replay:
         if target is operator.getitem and isinstance(args[0], tuple | list):
             return args[0][args[1]]
         if isinstance(target, torch._ops.HigherOrderOperator):
-            return self._region(target.name(), args)
+            return self._region(str(target), args)
         stack = list((node.meta.get("nn_module_stack") or {}).values())
         rec.path = str(stack[-1][0]) if stack else ""
         with self.twins.inside(rec.path, self._module(rec.path)):
@@ -273,7 +276,7 @@ class _Replay:
         leaf, rec = _now.calls[call], self.recorder
         args, kwargs = leaf.arguments(inputs)
         rec.path = leaf.path
-        if module_kind(leaf.module) == "stochastic_depth" and not getattr(leaf.module, "p", 1):
+        if vanishes(leaf.module):
             return inputs
         result = rec.emit_module(leaf.path, args, kwargs, leaf.module)
         return [item for item in pytree.tree_leaves(result) if isinstance(item, Tensor)]

@@ -19,10 +19,11 @@ Shape = tuple[int, ...]
 class NodeFact:
     """The facts of one node, at the batch size of the example.
 
-    `shape` is None for a number; a value that is a tuple has a tuple of the shapes (dtypes, dynamic flags) of its items.
-    `params` counts the elements of the parameters that the node itself holds (a module, or a `get_attr` of a parameter),
-    `bytes` those of its parameters and buffers, `value_bytes` those of its value. `macs` are the multiply-accumulates of
-    one forward pass at the example's batch size; elementwise work, norms and pools count none.
+    `shape` is None for a number; a value that is a tuple has a tuple of the shapes (dtypes, dynamic flags) of its
+    items. `params` counts the elements of the parameters that the node itself holds (a module, or a `get_attr` of a
+    parameter), `bytes` those of its parameters and buffers, `value_bytes` those of its value. `macs` are the
+    multiply-accumulates of one forward pass at the example's batch size; elementwise work, norms and pools count
+    none.
     """
 
     kind: str
@@ -98,13 +99,16 @@ def _size(tensors: Iterable[Tensor]) -> int:
 
 
 def fact_of(node: fx.Node, results: tuple[Any, ...], root: nn.Module, value_of: Any) -> NodeFact:
-    """The facts of `node`, whose value in each probe is `results`; `value_of(node)` is any node's value at probe one."""
+    """The facts of `node`, whose value in each probe is `results`; `value_of(node)` is any node's value at probe
+    one."""
     held = _held(node, root)
     first = results[0]
     fact = NodeFact(
         kind="", path=path_of(node), shape=shapes(first), dtype=_over(first, lambda tensor: tensor.dtype, None),
-        dynamic=_dynamic(results), params=sum(t.numel() for t in held if isinstance(t, nn.Parameter)), bytes=_size(held),
-        value_bytes=_bytes(first) if node.op not in ("get_attr", "output") else 0, source=str(node.meta.get("source", "")))
+        dynamic=_dynamic(results), params=sum(t.numel() for t in held if isinstance(t, nn.Parameter)),
+        bytes=_size(held),
+        value_bytes=_bytes(first) if node.op not in ("get_attr", "output") else 0,
+        source=str(node.meta.get("source", "")))
     node.meta["fxc"] = fact
     kind = kind_of(node)
     return replace(fact, kind=kind, macs=macs_of(kind, node, first, value_of))

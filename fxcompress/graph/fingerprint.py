@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 def fingerprint(captured: Captured) -> str:
-    """SHA-256, in hexadecimal, over kinds, targets, arguments, shapes and dtypes of all nodes, settings of their modules and
-    shapes of all weights."""
+    """SHA-256, in hexadecimal, over kinds, targets, arguments, shapes and dtypes of all nodes, settings of their
+    modules and shapes of all weights."""
     digest = hashlib.sha256()
     places = {node: place for place, node in enumerate(captured.graph.nodes)}
     for node in captured.graph.nodes:
@@ -36,5 +36,6 @@ def _line(captured: Captured, node: fx.Node, places: dict[fx.Node, int]) -> str:
         module = captured.module_of(node)
         found = leaf_of(type(module))
         settings = MODULES[found[0]].settings if found is not None else ()
-        words.append({name: getattr(module, name) for name in settings if not isinstance(getattr(module, name), Tensor)})
+        words.append({name: getattr(module, name) for name in settings
+                      if not isinstance(getattr(module, name), Tensor)})
     return f"{words}\n"

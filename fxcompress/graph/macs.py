@@ -95,6 +95,7 @@ def _recurrent(node: fx.Node, of: Values) -> int:
 
 _COUNTERS: Mapping[str, Counter] = {
     **{f"conv{n}d": _conv for n in (1, 2, 3)}, **{f"conv_transpose{n}d": _conv_transpose for n in (1, 2, 3)},
-    "linear": _linear, "bilinear": _bilinear, "scaled_dot_product_attention": _attention, "multihead_attention": _multihead,
-    "einsum": _einsum, **{name: _product for name in ("matmul", "bmm", "mm", "mv", "dot", "addmm", "baddbmm")},
+    "linear": _linear, "bilinear": _bilinear, "scaled_dot_product_attention": _attention,
+    "multihead_attention": _multihead,
+    "einsum": _einsum, **dict.fromkeys(("matmul", "bmm", "mm", "mv", "dot", "addmm", "baddbmm"), _product),
 }

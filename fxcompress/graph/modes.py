@@ -16,10 +16,11 @@ Change = tuple[fx.Node, str, Any]
 
 
 def merge_modes(kept: fx.Graph, other: fx.Graph, tree: nn.Module, training: bool) -> bool:
-    """Make `kept`, traced in mode `training`, follow the mode of its modules; `other` was traced in the opposite mode.
+    """Make `kept`, traced in mode `training`, follow the mode of its modules; `other` was traced in the opposite
+    mode.
 
-    Where the same constant argument differs, a `ByMode` module of the enclosing module (in `tree`) gives it. Returns False
-    and changes nothing if the graphs differ in anything else.
+    Where the same constant argument differs, a `ByMode` module of the enclosing module (in `tree`) gives it. Returns
+    False and changes nothing if the graphs differ in anything else.
     """
     pairs = list(zip(kept.nodes, other.nodes, strict=False))
     if len(kept.nodes) != len(other.nodes):
@@ -72,7 +73,8 @@ def _insert(tree: nn.Module, change: Change, training: bool) -> None:
     pair = (values[name], other) if training else (other, values[name])
     path = str(node.meta.get("path", ""))
     owner = _box(tree, path)
-    label = next(f"_{name}{n or ''}" for n in range(len(owner._modules) + 1) if f"_{name}{n or ''}" not in owner._modules)
+    label = next(f"_{name}{n or ''}" for n in range(len(owner._modules) + 1)
+                 if f"_{name}{n or ''}" not in owner._modules)
     owner.add_module(label, ByMode(*pair).train(owner.training))
     target = f"{path}.{label}" if path else label
     with node.graph.inserting_before(node):

@@ -40,7 +40,8 @@ MODULES: Mapping[type[nn.Module], Leaf] = {
        for n, cls in enumerate((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), 1)},
     nn.Linear: _leaf("linear", ("weight", "bias"), ()),
     nn.Bilinear: _leaf("bilinear", ("weight", "bias"), (), "input1", "input2"),
-    **{cls: _leaf(f"batchnorm{n}d", *_BATCH) for n, cls in enumerate((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), 1)},
+    **{cls: _leaf(f"batchnorm{n}d", *_BATCH) for n,
+       cls in enumerate((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), 1)},
     nn.SyncBatchNorm: _leaf("batchnorm2d", *_BATCH),
     **{cls: _leaf(f"instancenorm{n}d", *_BATCH)
        for n, cls in enumerate((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), 1)},

@@ -91,8 +91,8 @@ def arguments(node: fx.Node) -> dict[str, Any]:
 
 def parameter_names(node: fx.Node) -> dict[str, str]:
     """The `state_dict` names of the parameters and buffers that `node` itself reads, by canonical argument name:
-    `{"weight": "conv1.weight"}`, for a module and for a function on `get_attr` nodes alike. An argument that is computed
-    (a masked weight) is not in it."""
+    `{"weight": "conv1.weight"}`, for a module and for a function on `get_attr` nodes alike. An argument that is
+    computed (a masked weight) is not in it."""
     if node.op == "call_module":
         module = module_of(node)
         named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]

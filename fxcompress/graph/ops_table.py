@@ -1,9 +1,10 @@
 """The table of canonical operators. Each row: family, name, callable, signature, then the other ways to write it.
 
-A source is `torch.f`, `F.f`, `.method`, `op.f` (module operator) or `aten.f.overload`. `*f` is short for the first three, their in-place
-forms and every ATen overload of `f` and `f_`; each row has `*name` by itself. A source has the row's signature (ATen operators
-their schema's names, `self` being the first parameter), unless one follows in brackets. Options without a meaning for us
-(`inplace`, `_stacklevel`, `memory_format`, ...) are dropped. Where names alone don't tell, `ops_convert.py` has a function.
+A source is `torch.f`, `F.f`, `.method`, `op.f` (module operator) or `aten.f.overload`. `*f` is short for the first
+three, their in-place forms and every ATen overload of `f` and `f_`; each row has `*name` by itself. A source has the
+row's signature (ATen operators their schema's names, `self` being the first parameter), unless one follows in
+brackets. Options without a meaning for us (`inplace`, `_stacklevel`, `memory_format`, ...) are dropped. Where names
+alone don't tell, `convert.py` has a function.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ def _add(family: str, name: str, target: Callable[..., Any], signature: str, *so
 
 
 def _unary() -> None:
-    names = ("abs exp expm1 exp2 log log1p log2 log10 sqrt rsqrt reciprocal sin cos tan asin acos atan sinh cosh asinh acosh atanh "
-             "erf erfc erfinv sign floor ceil trunc frac square sigmoid tanh isnan isinf isfinite logical_not bitwise_not "
-             "deg2rad rad2deg positive real imag angle sgn digamma lgamma view_as_real view_as_complex").split()
+    names = ("abs exp expm1 exp2 log log1p log2 log10 sqrt rsqrt reciprocal sin cos tan asin acos atan sinh cosh "
+             "asinh acosh atanh erf erfc erfinv sign floor ceil trunc frac square sigmoid tanh isnan isinf isfinite "
+             "logical_not bitwise_not deg2rad rad2deg positive real imag angle sgn digamma lgamma view_as_real "
+             "view_as_complex").split()
     for name in names:
         _add("elementwise", name, getattr(torch, name), "input", f"F.{name}", f"torch.special.{name}")
     add = _add
@@ -36,7 +38,8 @@ def _unary() -> None:
     add("elementwise", "invert", operator.invert, "input", ".__invert__")
     add("elementwise", "round", torch.round, "input, decimals=0")
     add("elementwise", "nan_to_num", torch.nan_to_num, "input, nan=None, posinf=None, neginf=None")
-    add("elementwise", "clamp", torch.clamp, "input, min=None, max=None", "*clip", "*clamp_min(input, min)", "*clamp_max(input, max)")
+    add("elementwise", "clamp", torch.clamp, "input, min=None, max=None", "*clip", "*clamp_min(input, min)",
+        "*clamp_max(input, max)")
     add("elementwise", "detach", torch.detach, "input")
     add("elementwise", "clone", torch.clone, "input")
     add("elementwise", "contiguous", Tensor.contiguous, "input")
@@ -63,7 +66,8 @@ def _binary() -> None:
     add("elementwise", "add", operator.add, "input, other", *_operators("add"))
     add("elementwise", "sub", operator.sub, "input, other", *_operators("sub"), "*subtract", "*rsub")
     add("elementwise", "mul", operator.mul, "input, other", *_operators("mul"), "*multiply")
-    add("elementwise", "div", operator.truediv, "input, other", *_operators("truediv"), "*true_divide", "*divide", ".__rdiv__")
+    add("elementwise", "div", operator.truediv, "input, other", *_operators("truediv"), "*true_divide", "*divide",
+        ".__rdiv__")
     add("elementwise", "floor_divide", operator.floordiv, "input, other", *_operators("floordiv"))
     add("elementwise", "remainder", operator.mod, "input, other", *_operators("mod"))
     add("elementwise", "pow", operator.pow, "input, exponent", *_operators("pow"), "*float_power")
@@ -141,12 +145,14 @@ def _reductions() -> None:
 
 def _shapes() -> None:
     add = _add
-    add("shape", "reshape", torch.reshape, "input, *shape", "*view(input, *shape)", "*_unsafe_view(input, *shape)", ".view_as",
+    add("shape", "reshape", torch.reshape, "input, *shape", "*view(input, *shape)", "*_unsafe_view(input, *shape)",
+        ".view_as",
         ".reshape_as")
     add("shape", "flatten", torch.flatten, "input, start_dim=0, end_dim=-1", "*ravel")
     add("shape", "unflatten", torch.unflatten, "input, dim, sizes", ".unflatten")
     add("shape", "permute", torch.permute, "input, *dims")
-    add("shape", "transpose", torch.transpose, "input, dim0, dim1", "*swapaxes", "*swapdims", "*t", "*adjoint", "*numpy_T",
+    add("shape", "transpose", torch.transpose, "input, dim0, dim1", "*swapaxes", "*swapdims", "*t", "*adjoint",
+        "*numpy_T",
         "*matrix_H")
     add("shape", "movedim", torch.movedim, "input, source, destination", "*moveaxis")
     add("shape", "squeeze", torch.squeeze, "input, dim=None")
@@ -218,8 +224,10 @@ def _contractions() -> None:
     add("matmul", "linear", F.linear, "input, weight, bias=None, /")
     add("matmul", "bilinear", F.bilinear, "input1, input2, weight, bias=None, /")
     for n in (1, 2, 3):
-        add("conv", f"conv{n}d", getattr(F, f"conv{n}d"), "input, weight, bias=None, /, stride=1, padding=0, dilation=1, groups=1")
-        add("conv", f"conv_transpose{n}d", getattr(F, f"conv_transpose{n}d"), "input, weight, bias=None, /, stride=1, padding=0, "
+        add("conv", f"conv{n}d", getattr(F, f"conv{n}d"),
+            "input, weight, bias=None, /, stride=1, padding=0, dilation=1, groups=1")
+        add("conv", f"conv_transpose{n}d", getattr(F, f"conv_transpose{n}d"),
+            "input, weight, bias=None, /, stride=1, padding=0, "
             "output_padding=0, groups=1, dilation=1", f"aten.conv_transpose{n}d.input")
     add("attention", "scaled_dot_product_attention", F.scaled_dot_product_attention,
         "query, key, value, attn_mask=None, /, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False")
@@ -229,10 +237,13 @@ def _contractions() -> None:
 def _norms() -> None:
     add = _add
     add("norm", "batchnorm", F.batch_norm,
-        "input, running_mean, running_var, weight=None, bias=None, /, training=False, momentum=0.1, eps=1e-05", "*batch_norm")
-    add("norm", "instancenorm", F.instance_norm, "input, running_mean=None, running_var=None, weight=None, bias=None, /, "
+        "input, running_mean, running_var, weight=None, bias=None, /, training=False, momentum=0.1, eps=1e-05",
+        "*batch_norm")
+    add("norm", "instancenorm", F.instance_norm,
+        "input, running_mean=None, running_var=None, weight=None, bias=None, /, "
         "use_input_stats=True, momentum=0.1, eps=1e-05", "*instance_norm")
-    add("norm", "layernorm", F.layer_norm, "input, normalized_shape, weight=None, bias=None, /, eps=1e-05", "*layer_norm")
+    add("norm", "layernorm", F.layer_norm, "input, normalized_shape, weight=None, bias=None, /, eps=1e-05",
+        "*layer_norm")
     add("norm", "groupnorm", F.group_norm, "input, num_groups, weight=None, bias=None, /, eps=1e-05", "*group_norm")
     add("norm", "rmsnorm", F.rms_norm, "input, normalized_shape, weight=None, /, eps=None", "*rms_norm")
     add("norm", "local_response_norm", F.local_response_norm, "input, size, alpha=0.0001, beta=0.75, k=1.0")
@@ -250,11 +261,14 @@ def _pools() -> None:
         add("pool", f"avg_pool{n}d", getattr(F, f"avg_pool{n}d"),
             f"input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True{tail}")
         if n < 3:
-            add("pool", f"lp_pool{n}d", getattr(F, f"lp_pool{n}d"), "input, norm_type, kernel_size, stride=None, ceil_mode=False")
-    add("resize", "interpolate", F.interpolate, "input, size=None, scale_factor=None, mode='nearest', align_corners=None, "
-        "recompute_scale_factor=None, antialias=False", "F.upsample", *(f"*upsample_{mode}" for mode in (
-            "nearest1d nearest2d nearest3d linear1d bilinear2d trilinear3d bicubic2d _bilinear2d_aa _bicubic2d_aa").split()))
-    add("resize", "grid_sample", F.grid_sample, "input, grid, mode='bilinear', padding_mode='zeros', align_corners=None")
+            add("pool", f"lp_pool{n}d", getattr(F, f"lp_pool{n}d"),
+                "input, norm_type, kernel_size, stride=None, ceil_mode=False")
+    modes = "nearest1d nearest2d nearest3d linear1d bilinear2d trilinear3d bicubic2d _bilinear2d_aa _bicubic2d_aa"
+    add("resize", "interpolate", F.interpolate,
+        "input, size=None, scale_factor=None, mode='nearest', align_corners=None, recompute_scale_factor=None, "
+        "antialias=False", "F.upsample", *(f"*upsample_{mode}" for mode in modes.split()))
+    add("resize", "grid_sample", F.grid_sample,
+        "input, grid, mode='bilinear', padding_mode='zeros', align_corners=None")
     add("resize", "affine_grid", F.affine_grid, "theta, size, align_corners=None")
 
 

@@ -73,6 +73,10 @@ class Fakes:
         with self.mode:
             return torch.empty(shape, dtype=tensor.dtype, device=self.device)
 
+    def inputs(self, example: Any, probe: int) -> Any:
+        """The fakes of an example input, which may be a container of tensors."""
+        return map_tensors(example, lambda tensor: self.input(tensor, probe))
+
     def run_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What a leaf module gives for fake inputs. Its buffers stay as they are."""
         kind = module_kind(module)

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from ..diagnostics import Diagnostic, RewriteError
 from .facts import fact_of
-from .probe import Fakes, map_tensors, quiet
+from .probe import Fakes, quiet
 from .trace_errors import RAISED_BY_MODELS
 
 if TYPE_CHECKING:
@@ -40,14 +40,10 @@ def propagate(captured: Captured) -> None:
         for node in graph.nodes:
             if node.op == "placeholder":
                 example = inputs.pop(0) if inputs else None
-                results[node] = tuple(_input(fakes, example, probe) for probe in range(len(fakes.batches)))
+                results[node] = tuple(fakes.inputs(example, probe) for probe in range(len(fakes.batches)))
             else:
                 results[node] = _run(node, root, fakes, results)
     write_facts(graph, root, results)
-
-
-def _input(fakes: Fakes, example: object, probe: int) -> Any:
-    return map_tensors(example, lambda tensor: fakes.input(tensor, probe))
 
 
 def write_facts(graph: fx.Graph, root: nn.Module, results: Results) -> None:

@@ -1,13 +1,13 @@
 """The recorder: turns torch calls into nodes of the normal form, and knows the shape of every value while it does.
 
-Both ways of capture feed it calls: `trace.py` those of the running model, `export_.py` those of an exported graph. Each call is
-computed on fake tensors at two batch sizes. What comes out equal in both is static: sizes become Python numbers and size
-arithmetic leaves no node. What differs depends on the batch and stays a node.
+Both ways of capture feed it calls: `trace.py` those of the running model, `export_.py` those of an exported graph.
+Each call is computed on fake tensors at two batch sizes. What comes out equal in both is static: sizes become Python
+numbers and size arithmetic leaves no node. What differs depends on the batch and stays a node.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -15,50 +15,22 @@ import torch
 from torch import Tensor, fx, nn
 
 from . import frames
-from .convert import CONVERTERS, Done, NoCanonicalForm
+from .convert import CONVERTERS, Done, NoCanonicalFormError
 from .dynamic import DynFloat, DynInt, UntraceableError, holds_for_every_batch
 from .opbase import Op
 from .ops import OPS
-from .probe import Fakes, map_tensors
+from .probe import Fakes
 from .sources import Source, sources
 from .tidy import tidy
+from .values import BatchFixedError, Held, Value, all_equal, flat, map_leaves
 from .writes import WRITES, overwrite
 
-_RANDOM = {"rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "rand_like", "randn_like", "randint_like",
-           "poisson", "normal_", "uniform_", "bernoulli_", "exponential_", "random_", "log_normal_", "cauchy_", "geometric_"}
-_NO_GRAPH = {"__bool__", "item", "tolist", "__float__", "__int__", "__index__", "numpy", "__array__", "__contains__", "__complex__",
-             "_local_scalar_dense"}
-
-
-class BatchFixedError(Exception):
-    """An operator works at the example's batch size but not at twice that."""
-
-    def __init__(self, reason: str, source: str) -> None:
-        super().__init__(reason)
-        self.reason, self.source = reason, source
-
-
-@dataclass(frozen=True)
-class Held:
-    """A plain value that is the same in every probe and yet is read from a node: the device of the inputs."""
-
-    node: fx.Node
-    value: Any
-
-
-@dataclass
-class Value:
-    """What the recorder knows of a tensor that the model holds: the node that computes it and its fakes, one a probe.
-
-    Tensors with the same `memory` share storage in the model. A part that was indexed out of another knows its `whole`.
-    """
-
-    tensor: Tensor
-    node: fx.Node
-    fakes: tuple[Tensor, ...]
-    memory: int
-    whole: tuple[Tensor, Any] | None = None  # the tensor it is a part of, and the index
-    stale: str = ""  # why it may not be read any more
+_RANDOM = frozenset(
+    "rand randn randint randperm normal bernoulli multinomial poisson rand_like randn_like randint_like normal_ "
+    "uniform_ bernoulli_ exponential_ random_ log_normal_ cauchy_ geometric_".split())
+_NO_GRAPH = frozenset(
+    "__bool__ item tolist __float__ __int__ __index__ __complex__ __array__ __contains__ numpy "
+    "_local_scalar_dense".split())
 
 
 @dataclass
@@ -97,7 +69,8 @@ class Recorder:
         return id(tensor) in self.values or id(tensor) in self.names
 
     def value(self, tensor: Tensor) -> Value:
-        """What is known of `tensor`; a parameter, buffer or constant met for the first time gets its `get_attr` node."""
+        """What is known of `tensor`; a parameter, buffer or constant met for the first time gets its `get_attr`
+        node."""
         found = self.values.get(id(tensor))
         if found is not None:
             if found.stale:
@@ -127,8 +100,10 @@ class Recorder:
         dynamic = self.dynamic_dims(tensor)
         if not dynamic:
             return self.fake(tensor).shape
-        return torch.Size([self._size(tensor, dim) if dim in dynamic else size
-                           for dim, size in enumerate(self.fake(tensor).shape)])
+        shape: list[Any] = list(self.fake(tensor).shape)
+        for dim in dynamic:
+            shape[dim] = self._size(tensor, dim)
+        return torch.Size(shape)
 
     def _size(self, tensor: Tensor, dim: int) -> DynInt:
         value = self.value(tensor)
@@ -164,7 +139,7 @@ class Recorder:
         if source is not None:
             try:
                 return self._convert(source, source.bind(args, kwargs))
-            except (TypeError, NoCanonicalForm):
+            except (TypeError, NoCanonicalFormError):
                 pass  # written in a way the table doesn't know: it stays as it is
         if kwargs.get("out") is not None:
             self.refuse(f"`{name}` writes into its argument `out`")
@@ -172,21 +147,24 @@ class Recorder:
 
     def _depends(self, args: object, kwargs: object) -> bool:
         return any(isinstance(item, DynInt | DynFloat) or (isinstance(item, Tensor) and self.tracked(item))
-                   for item in self.flat((args, kwargs)))
+                   for item in flat((args, kwargs)))
 
     def _convert(self, source: Source, values: dict[str, Any]) -> Any:
         in_place = values.pop("__in_place__", False)
         base = next(iter(values.values()))
         converter = CONVERTERS.get(source.op.name)
         converted = converter(self, source, values) if converter is not None else values
-        done = isinstance(converted, Done)
-        result = converted.result if done else self.emit(source.op, tidy(source.op, converted, self))
-        if source.op.name == "getitem" and not done:
-            self._is_part(result, converted)
+        if isinstance(converted, Done):
+            result = converted.result
+        else:
+            result = self.emit(source.op, tidy(source.op, converted, self))
+            if source.op.name == "getitem":
+                self._is_part(result, converted)
         return overwrite(self, base, result) if in_place and result is not base else result
 
     def alias(self, tensor: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """`tensor` in other memory (`clone`, `contiguous`): another tensor for the model, the same node for the graph."""
+        """`tensor` in other memory (`clone`, `contiguous`): another tensor for the model, the same node for the
+        graph."""
         if not self.tracked(tensor):
             return function(tensor)
         value = self.value(tensor)
@@ -195,7 +173,7 @@ class Recorder:
             return tensor
         return self._keep(value.node, fakes[0], fakes).tensor
 
-    def create(self, op: Op, values: dict[str, Any]) -> Any:
+    def create(self, op: Op, values: dict[str, Any]) -> dict[str, Any] | Done:
         """Make a new tensor: a real constant where all is known, else a node on the device of the inputs."""
         like = op.name.endswith("_like")
         base = op.name.removeprefix("new_").removesuffix("_like")
@@ -227,11 +205,10 @@ class Recorder:
         known = self._constant_ids.get(id(tensor))
         if known is not None and known[1] == tensor._version:
             return known[2]
-        for name, other in self.constants.items():
-            if other.dtype == tensor.dtype and other.shape == tensor.shape and torch.equal(other, tensor):
-                break
-        else:
-            name = f"_constant{len(self.constants)}"
+        same = (name for name, other in self.constants.items()
+                if other.dtype == tensor.dtype and other.shape == tensor.shape and torch.equal(other, tensor))
+        name = next(same, f"_constant{len(self.constants)}")
+        if name not in self.constants:
             self.constants[name] = tensor.detach().clone().to(self.device)
         self._constant_ids[id(tensor)] = (tensor, tensor._version, name)
         return name
@@ -249,13 +226,15 @@ class Recorder:
         in_place = name.endswith("_") and not name.endswith("__") and args and isinstance(args[0], Tensor)
         if not in_place:
             return self._call_as_is(function, args, {
-            key: self.device_of_inputs() if key == "device" and value is not None else value for key, value in kwargs.items()
+            key: self.device_of_inputs() if key == "device" and value is not None else value
+            for key, value in kwargs.items()
         }, name or "call")
         copy = self._call_as_is(torch.clone, (args[0],), {}, "clone")
         return overwrite(self, args[0], self._call_as_is(function, (copy, *args[1:]), dict(kwargs), name))
 
     def emit(self, op: Op, values: dict[str, Any]) -> Any:
-        """Append the canonical node of `op`, or a call of the module whose twin computes it, and give back its value."""
+        """Append the canonical node of `op`, or a call of the module whose twin computes it, and give back its
+        value."""
         args, kwargs = op.normal(values)
         results = self._compute(op.target, args, kwargs, op.name)
         path = self.twin(op, values) if self.twin is not None else None
@@ -273,9 +252,10 @@ class Recorder:
 
     def _append(self, kind: str, target: Any, args: Any, kwargs: Any, name: str, results: tuple[Any, ...]) -> Any:
         """Append a node with the value `results`, unless that is a constant, and give back what the model gets."""
-        if not any(isinstance(item, Tensor) for item in self.flat(results[0])) and _all_equal(results):
+        if not any(isinstance(item, Tensor) for item in flat(results[0])) and all_equal(results):
             return results[0]
-        return self._wrap(self.graph.create_node(kind, target, self.argument(args), self.argument(kwargs), name), results)
+        return self._wrap(self.graph.create_node(kind, target, self.argument(args), self.argument(kwargs), name),
+                          results)
 
     def _call_as_is(self, function: Callable[..., Any], args: Any, kwargs: Any, name: str) -> Any:
         return self._append("call_function", function, args, kwargs, name, self._compute(function, args, kwargs, name))
@@ -314,9 +294,10 @@ class Recorder:
         return (DynInt if isinstance(first, int) else DynFloat)(self, node, results)
 
     def _item(self, node: fx.Node, place: int, results: tuple[Any, ...]) -> Any:
-        if not any(isinstance(item, Tensor) for item in self.flat(results[0])) and _all_equal(results):
+        if not any(isinstance(item, Tensor) for item in flat(results[0])) and all_equal(results):
             return results[0]
-        return self._wrap(self.graph.create_node("call_function", OPS["getitem"].target, (node, place), {}, "getitem"), results)
+        return self._wrap(self.graph.create_node("call_function", OPS["getitem"].target, (node, place), {}, "getitem"),
+                          results)
 
     def _describe(self, node: fx.Node, results: tuple[Any, ...]) -> None:
         self.results[node] = results
@@ -334,8 +315,8 @@ class Recorder:
         return value
 
     def rebind(self, tensors: list[Tensor], news: list[Value], reason: str) -> None:
-        """Let `tensors`, parts of one memory, stand for the values `news`; nothing else on that memory can be read any more,
-        for `reason`."""
+        """Let `tensors`, parts of one memory, stand for the values `news`; nothing else on that memory can be read
+        any more, for `reason`."""
         memory = self.values[id(tensors[0])].memory
         for other in self._sharers[memory]:
             self.values[other].stale = reason
@@ -349,35 +330,13 @@ class Recorder:
         graph takes them and ignores them."""
         node = self.graph.placeholder(name)
         probes = range(len(self.fakes.batches))
-        results = tuple(map_tensors(example, lambda tensor: self.fakes.input(tensor, probe)) for probe in probes)
-        if not any(isinstance(item, Tensor) for item in self.flat(results[0])):
+        results = tuple(self.fakes.inputs(example, probe) for probe in probes)
+        if not any(isinstance(item, Tensor) for item in flat(results[0])):
             self._describe(node, results)
             return example
         return self._wrap(node, results)
 
     # -- arguments ------------------------------------------------------------------------------------------------
-
-    def flat(self, value: object) -> Iterator[Any]:
-        """The leaves of nested tuples, lists, dicts and slices."""
-        if isinstance(value, tuple | list):
-            for item in value:
-                yield from self.flat(item)
-        elif isinstance(value, dict):
-            yield from self.flat(list(value.values()))
-        elif isinstance(value, slice):
-            yield from self.flat((value.start, value.stop, value.step))
-        else:
-            yield value
-
-    def _map(self, value: Any, leaf: Callable[[Any], Any]) -> Any:
-        if isinstance(value, list | tuple):
-            items = [self._map(item, leaf) for item in value]
-            return items if isinstance(value, list) else tuple(items)
-        if isinstance(value, dict):
-            return {key: self._map(item, leaf) for key, item in value.items()}
-        if isinstance(value, slice):
-            return slice(*(self._map(item, leaf) for item in (value.start, value.stop, value.step)))
-        return leaf(value)
 
     def argument(self, value: Any) -> Any:
         """`value` as the argument of a node."""
@@ -386,7 +345,7 @@ class Recorder:
                 return self.value(item).node
             return item.node if isinstance(item, DynInt | DynFloat | Held) else item
 
-        return self._map(value, leaf)
+        return map_leaves(value, leaf)
 
     def probe(self, value: Any, probe: int) -> Any:
         """`value` in `probe`: fakes and plain numbers."""
@@ -398,8 +357,5 @@ class Recorder:
                 return item.values[probe]
             return item.value if isinstance(item, Held) else item
 
-        return self._map(value, leaf)
+        return map_leaves(value, leaf)
 
-
-def _all_equal(results: tuple[Any, ...]) -> bool:
-    return all(type(result) is type(results[0]) and result == results[0] for result in results)

@@ -16,15 +16,16 @@ from .opbase import REQUIRED, Op, Param, bind, parse_signature
 from .ops_table import TABLE
 
 # Options that change neither the values nor the gradients; `None`: whatever they are, else only when they equal this.
+_ANY = ("inplace", "_stacklevel", "memory_format", "layout", "pin_memory", "non_blocking", "copy", "requires_grad",
+        "cudnn_enabled", "cudnn_enable", "implicit", "stable")
 _DROPPED: Mapping[str, tuple[object, ...] | None] = {
-    "inplace": None, "_stacklevel": None, "memory_format": None, "layout": None, "pin_memory": None, "non_blocking": None,
-    "copy": None, "requires_grad": None, "cudnn_enabled": None, "cudnn_enable": None, "half_to_float": (False,), "implicit": None,
-    "out": (None,), "generator": (None,), "return_indices": (False,), "scale": (1,), "input_scale": (1,), "path": (None,),
-    "stable": None, "dtype": (None,),
+    **dict.fromkeys(_ANY), "half_to_float": (False,), "out": (None,), "generator": (None,), "return_indices": (False,),
+    "scale": (1,), "input_scale": (1,), "path": (None,), "dtype": (None,),
 }
 _SYNONYMS = {"axis": "dim", "keepdims": "keepdim", "train": "training", "split_size": "split_size_or_sections",
              "split_sizes": "split_size_or_sections", "indices_or_sections": "split_size_or_sections",
-             "sections": "split_size_or_sections", "indices": "split_size_or_sections", "unbiased": "correction", "ndim": "dim"}
+             "sections": "split_size_or_sections", "indices": "split_size_or_sections", "unbiased": "correction",
+             "ndim": "dim"}
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,8 @@ def _targets(name: str) -> Iterator[tuple[str, Callable[..., Any]]]:
     """The callables a source name stands for, each with a short name of its own."""
     if name.startswith("*"):
         for form in (name[1:], f"{name[1:]}_"):
-            for short, owner in ((f"torch.{form}", torch), (f".{form}", Tensor), (f"F.{form}", F), (f"linalg.{form}", torch.linalg)):
+            for short, owner in ((f"torch.{form}", torch), (f".{form}", Tensor), (f"F.{form}", F),
+                                 (f"linalg.{form}", torch.linalg)):
                 if callable(getattr(owner, form, None)):
                     yield short, getattr(owner, form)
             packet = getattr(torch.ops.aten, form, None)
@@ -119,8 +121,8 @@ def _targets(name: str) -> Iterator[tuple[str, Callable[..., Any]]]:
                     yield f"aten.{form}.{overload}", getattr(packet, overload)
         return
     prefix, _, rest = name.partition(".")
-    owner = {"": Tensor, "torch": torch, "F": F, "op": operator, "aten": torch.ops.aten}[prefix]
-    target: Any = owner
+    owners: Mapping[str, Any] = {"": Tensor, "torch": torch, "F": F, "op": operator, "aten": torch.ops.aten}
+    target = owners[prefix]
     for part in rest.split("."):
         target = getattr(target, part, None)
     if target is not None:

@@ -1,7 +1,7 @@
 """The first way of capture: run the model's own code on fake tensors and record every torch call it makes.
 
-A `TorchFunctionMode` sees the calls before torch does, so the model holds ordinary (fake) tensors, and its control flow on
-sizes that don't depend on the batch just runs. Modules of `MODULES` are not entered.
+A `TorchFunctionMode` sees the calls before torch does, so the model holds ordinary (fake) tensors, and its control
+flow on sizes that don't depend on the batch just runs. Modules of `MODULES` are not entered.
 """
 
 from __future__ import annotations
@@ -20,15 +20,17 @@ from . import frames
 from .dynamic import UntraceableError
 from .modules import keeps_forward, leaf_of
 from .probe import Fakes
-from .recorder import BatchFixedError, Recorder
+from .recorder import Recorder
 from .trace_errors import RAISED_BY_MODELS
 from .twins import Twins
+from .values import BatchFixedError
 
 _orig_call = nn.Module.__call__
 
 @dataclasses.dataclass
 class Traced:
-    """One trace: the graph, what every node gives in each probe, the constants it reads and the plain twins it needs."""
+    """One trace: the graph, what every node gives in each probe, the constants it reads and the plain twins it
+    needs."""
 
     recorder: Recorder
     twins: Mapping[str, type[nn.Module]]
@@ -83,7 +85,9 @@ def _reversed(rec: Recorder, tensor: Tensor) -> Any:
     rank = tensor.dim()
     if rank < 2:
         return tensor
-    return rec.call("transpose", tensor, 0, 1) if rank == 2 else rec.call("permute", tensor, tuple(reversed(range(rank))))
+    if rank == 2:
+        return rec.call("transpose", tensor, 0, 1)
+    return rec.call("permute", tensor, tuple(reversed(range(rank))))
 
 
 def _last_two(rec: Recorder, tensor: Tensor) -> Any:
@@ -109,7 +113,7 @@ class _Run:
         """What `module(*args, **kwargs)` gives while tracing."""
         if self.executing:
             return _orig_call(module, *args, **kwargs)
-        if isinstance(module, nn.Identity) or (leaf_kind(module) == "stochastic_depth" and drop_rate(module) == 0.0):
+        if vanishes(module):
             return args[0] if args else next(iter(kwargs.values()))
         path = self.paths.get(module)
         if path is None:
@@ -134,8 +138,9 @@ class _Run:
 
 
 def leaf_kind(module: nn.Module) -> str:
-    """The kind of a module that isn't entered; `stochastic_depth` for every class named like one; else empty."""
-    if type(module).__name__.endswith(("DropPath", "StochasticDepth")) and not list(module.parameters()):
+    """The kind of a module that isn't entered; `stochastic_depth` for every class that drops paths as torchvision's
+    does; else empty."""
+    if type(module).__name__.endswith("DropPath") and drop_rate(module) >= 0.0 and not list(module.parameters()):
         return "stochastic_depth"
     found = leaf_of(type(module))
     return found[1].kind if found is not None and keeps_forward(module) else ""
@@ -146,19 +151,23 @@ def is_leaf(module: nn.Module) -> bool:
     return bool(leaf_kind(module))
 
 
+def vanishes(module: nn.Module) -> bool:
+    """Whether `module` always gives back its input: it leaves no node."""
+    return isinstance(module, nn.Identity) or (leaf_kind(module) == "stochastic_depth" and drop_rate(module) == 0.0)
+
+
 def drop_rate(module: nn.Module) -> float:
-    """The probability of a stochastic-depth module, whatever its author called it."""
-    for name in ("p", "drop_prob", "prob"):
-        value = getattr(module, name, None)
-        if isinstance(value, int | float):
-            return float(value)
-    return 0.0 if getattr(module, "drop_prob", 0.0) is None else -1.0
+    """The probability of a stochastic-depth module, whatever its author called it; -1 where it can't be told, or where
+    the paths that stay are not scaled up."""
+    rate = next((getattr(module, name) for name in ("p", "drop_prob") if hasattr(module, name)), -1.0)
+    scaled = bool(getattr(module, "scale_by_keep", True))
+    return float(rate or 0.0) if scaled and (rate is None or isinstance(rate, int | float)) else -1.0
 
 
 @contextlib.contextmanager
 def watched_modes(training: bool, executing: Callable[[], bool] = lambda: False) -> Iterator[list[str]]:
-    """While it lasts, every module is in the mode `training`, and the list that is given tells which classes of module asked
-    for it, apart from leaf modules."""
+    """While it lasts, every module is in the mode `training`, and the list that is given tells which classes of
+    module asked for it, apart from leaf modules."""
     reads: list[str] = []
 
     def read(module: nn.Module) -> bool:
@@ -195,10 +204,11 @@ def state_names(model: nn.Module) -> dict[int, str]:
 
 
 def trace(model: nn.Module, args: Mapping[str, Any], call: Callable[..., Any], fakes: Fakes, training: bool) -> Traced:
-    """Trace `model` in the given mode. `args` are the inputs by placeholder name, `call(model, inputs)` calls it with them.
+    """Trace `model` in the given mode. `args` are the inputs by placeholder name, `call(model, inputs)` calls it
+    with them.
 
-    Raises UntraceableError, with the model's line, where its code does what a graph can't hold, BatchFixedError where
-    it only works at the example's batch size.
+    Raises UntraceableError, with the model's line, where its code does what a graph can't hold, BatchFixedError
+    where it only works at the example's batch size.
     """
     recorder = Recorder(fx.Graph(), fakes, state_names(model), fakes.device)
     twins = Twins(recorder, training)
@@ -221,13 +231,14 @@ def _run_traced(recorder: Recorder, model: nn.Module, call: Callable[..., Any], 
 
 
 def plain(output: Any, notes: list[str]) -> Any:
-    """The model's output in plain containers: tuples and lists stay, named tuples become tuples, mappings and dataclasses
-    (the outputs of transformers) become dicts without their None entries. What no graph can hold is left out, and `notes`
-    says so."""
+    """The model's output in plain containers: tuples and lists stay, named tuples become tuples, mappings and
+    dataclasses (the outputs of transformers) become dicts without their None entries. What no graph can hold is left
+    out, and `notes` says so."""
     if _fits(output):
         return output
     if isinstance(output, Mapping):
-        return {str(key): plain(value, notes) for key, value in output.items() if value is not None and _holds(value, key, notes)}
+        kept = {str(key): value for key, value in output.items() if value is not None and _holds(value, key, notes)}
+        return {key: plain(value, notes) for key, value in kept.items()}
     if dataclasses.is_dataclass(output):
         return plain({field.name: getattr(output, field.name) for field in dataclasses.fields(output)}, notes)
     if isinstance(output, tuple | list):

@@ -2,5 +2,6 @@
 
 from __future__ import annotations
 
-RAISED_BY_MODELS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, NotImplementedError,
+RAISED_BY_MODELS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError,
+                    NotImplementedError,
                     AssertionError)

@@ -1,4 +1,5 @@
-"""Module trees: copies of models and of graph modules that keep keys, order, modes and the identity of shared tensors."""
+"""Module trees: copies of models and of graph modules that keep keys, order, modes and the identity of shared
+tensors."""
 
 from __future__ import annotations
 
@@ -32,9 +33,9 @@ def clone_model(model: nn.Module) -> nn.Module:
 
 
 def plain_tree(model: nn.Module, leaves: dict[str, nn.Module]) -> nn.Module:
-    """The tree of `model` with the modules of `leaves` (by path) as they are and plain `nn.Module`s above them: parameters,
-    buffers and children in their old order, so that `state_dict` is equal key for key. Branches without state and
-    without leaves are left out."""
+    """The tree of `model` with the modules of `leaves` (by path) as they are and plain `nn.Module`s above them:
+    parameters, buffers and children in their old order, so that `state_dict` is equal key for key. Branches without
+    state and without leaves are left out."""
     return _plain(model, "", leaves) or nn.Module()
 
 
@@ -55,7 +56,8 @@ def _plain(module: nn.Module, path: str, leaves: dict[str, nn.Module]) -> nn.Mod
 
 
 def graph_module(tree: nn.Module, graph: fx.Graph, name: str) -> fx.GraphModule:
-    """A GraphModule of `graph` on the very modules and tensors of `tree`; its keys and their order are those of `tree`."""
+    """A GraphModule of `graph` on the very modules and tensors of `tree`; its keys and their order are those of
+    `tree`."""
     module = fx.GraphModule(nn.Module(), fx.Graph(), name)
     module._parameters.update(tree._parameters)
     module._buffers.update(tree._buffers)

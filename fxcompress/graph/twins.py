@@ -1,6 +1,6 @@
-"""Subclasses of leaf modules with a forward of their own that still call the operator of their base on their own parameters
-(a batch norm with an activation, a layer norm over channels): the call is given to a plain twin of the module, which has
-the same parameters and buffers, so that the layer is as easy to find and to rewrite as any other."""
+"""Subclasses of leaf modules with a forward of their own that still call the operator of their base on their own
+parameters (a batch norm with an activation, a layer norm over channels): the call is given to a plain twin of the
+module, which has the same parameters and buffers, so that the layer is as easy to find and to rewrite as any other."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from .recorder import Recorder
 
 # Canonical arguments that must be the module's own tensors, and those that must equal its settings.
-_TENSORS = {"conv": ("weight", "bias"), "linear": ("weight", "bias"), "embedding": ("weight",), "layernorm": ("weight", "bias"),
+_TENSORS = {"conv": ("weight", "bias"), "linear": ("weight", "bias"), "embedding": ("weight",),
+            "layernorm": ("weight", "bias"),
             "groupnorm": ("weight", "bias"), "batchnorm": ("weight", "bias", "running_mean", "running_var")}
 _SETTINGS = {"conv": ("stride", "padding", "dilation", "groups"), "layernorm": ("normalized_shape", "eps"),
              "groupnorm": ("num_groups", "eps"), "batchnorm": ("eps", "momentum")}

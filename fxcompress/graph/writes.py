@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 def overwrite(rec: Recorder, base: Tensor, result: Any) -> Tensor:
     """Let `base` stand for `result` from here on, and what it is a part of for the whole with that part written.
 
-    Other views of the memory can't be read any more after that: their new content isn't known here (`torch.export` knows
-    it; see `export_.py`).
+    Other views of the memory can't be read any more after that: their new content isn't known here (`torch.export`
+    knows it; see `export_.py`).
     """
     old = rec.value(base)
     if not isinstance(result, Tensor) or rec.dtype_of(result) != old.fakes[0].dtype:
@@ -39,8 +39,8 @@ def overwrite(rec: Recorder, base: Tensor, result: Any) -> Tensor:
 
 
 def write_state(rec: Recorder, name: str) -> None:
-    """A buffer of the model gets a new value. A graph has no place for that, but for the count of batches that norms keep,
-    which is the norm module's affair."""
+    """A buffer of the model gets a new value. A graph has no place for that, but for the count of batches that norms
+    keep, which is the norm module's affair."""
     if name.endswith("num_batches_tracked"):
         return
     rec.refuse(f"the model writes its buffer `{name}` while it runs")
@@ -98,7 +98,8 @@ def _filled(rec: Recorder, base: Tensor, value: Any) -> Any:
 
 
 def _with_mask_or_points(rec: Recorder, base: Tensor, index: tuple[Any, ...], value: Any) -> Any:
-    if len(index) == 1 and isinstance(index[0], Tensor) and rec.dtype_of(index[0]) == torch.bool and not isinstance(value, Tensor):
+    by_mask = len(index) == 1 and isinstance(index[0], Tensor) and rec.dtype_of(index[0]) == torch.bool
+    if by_mask and not isinstance(value, Tensor):
         mask = index[0]
         for _ in range(base.dim() - mask.dim()):
             mask = rec.call("unsqueeze", mask, -1)

@@ -10,8 +10,8 @@ from torch import nn
 class ByMode(nn.Module):
     """Gives `train_value` in training mode and `eval_value` in evaluation mode.
 
-    Capture puts it where a model writes `F.dropout(x, training=self.training)`: the graph goes on following `.train()` and
-    `.eval()`. It has no parameters and no inputs.
+    Capture puts it where a model writes `F.dropout(x, training=self.training)`: the graph goes on following
+    `.train()` and `.eval()`. It has no parameters and no inputs.
     """
 
     fxc_kind: ClassVar[str] = "by_mode"
