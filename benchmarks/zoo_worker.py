@@ -144,7 +144,7 @@ def _worst(expected: list[Any], found: list[Any]) -> float:
 def _noted(notes: tuple[str, ...]) -> dict[str, Any]:
     """What the notes of a removal say: its proof, the barriers, the ratios not reached."""
     proof = next((re.search(r"to ([\d.e+-]+)", note) for note in notes if note.startswith("proven equal")), None)
-    barriers = [note for note in notes if "can't shrink" in note and "is what the model gives back" not in note]
+    barriers = [note for note in notes if "can't shrink" in note and "the model gives" not in note]
     short = [note for note in notes if "of 50% asked" in note]
     inexact = [note for note in notes if note.startswith("inexact")]
     return {"error": float(proof.group(1)) if proof else None, "barriers": barriers, "shortfalls": short,

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fxcompress.diagnostics import PlanError
 from fxcompress.graph.apply import carry_out
 from fxcompress.graph.capture import capture
 from fxcompress.graph.captured import Captured
@@ -68,3 +69,47 @@ def test_statistics_of_a_weight_make_what_it_reads_inexact() -> None:
     thin, outcome = removed(_Standardised(), torch.randn(2, 3, 8, 8))
     assert any(note.startswith("inexact: batchnorm") and note.endswith("concerns first") for note in outcome.notes)
     assert thin.module.get_parameter("second.weight").shape == (3, 4, 3, 3)
+
+
+class _Stacked(nn.Module):
+    """A mean of stacked vectors by a convolution of one tap over their channels (as the class tokens of CoaT)."""
+
+    def __init__(self, taps: int) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([nn.Linear(6, 8) for _ in range(3)])
+        self.mix, self.head = nn.Conv1d(3, 1, taps, padding="same"), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.mix(torch.stack([part(x) for part in self.parts], dim=1)).squeeze(1).relu())
+
+
+def test_one_tap_leaves_what_it_slides_over_free() -> None:
+    torch.manual_seed(0)
+    thin, _ = removed(_Stacked(1), torch.randn(2, 6))
+    assert [tuple(thin.module.get_parameter(f"{name}.weight").shape) for name in ("parts.0", "parts.2", "head")] == [
+        (4, 6), (4, 6), (4, 4)]
+    with pytest.raises(PlanError, match="slides over it"):
+        removed(_Stacked(3), torch.randn(2, 6))
+
+
+class _Positions(nn.Module):
+    """A depthwise convolution of values whose channels are heads, beside their queries (as in CoaT)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(6, 3 * 32), nn.Linear(32, 5)
+        self.conv = nn.Conv2d(32, 32, 3, padding=1, groups=32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        q, k, v = self.qkv(x).reshape(batch, length, 3, 4, 8).permute(2, 0, 3, 1, 4).unbind(0)
+        image = self.conv(v.transpose(-1, -2).reshape(batch, 32, 3, 3)).reshape(batch, 4, 8, length).transpose(-1, -2)
+        mixed = (q @ k.transpose(-1, -2)).softmax(-1) @ v + q * image
+        return self.out(mixed.transpose(1, 2).reshape(batch, length, 32))
+
+
+def test_heads_stay_heads_behind_a_depthwise_convolution() -> None:
+    torch.manual_seed(0)
+    thin, _ = removed(_Positions(), torch.randn(2, 9, 6))
+    shapes = [tuple(thin.module.get_parameter(f"{name}.weight").shape) for name in ("qkv", "conv", "out")]
+    assert shapes == [(48, 6), (16, 1, 3, 3), (5, 16)]

@@ -14,6 +14,7 @@ from torch import fx
 
 from ..coupling_edit import Edit, resize
 from ..coupling_flow import Dim, Dims, Flow, Labels, NoRuleError, Value, rule, shape_of
+from .layout import tuple_of
 from .reduce import spatial
 
 _KINDS = tuple(f"conv{n}d" for n in (1, 2, 3))
@@ -72,8 +73,9 @@ def convolution(flow: Flow, node: fx.Node, args: Mapping[str, Any]) -> Value:
 
 def _grouped(flow: Flow, args: Mapping[str, Any], x: Dim, weight: Dims, out: Dim, groups: int) -> tuple[Dim, bool]:
     wide = max(shape_of(args["input"])[-len(weight) + 1] // groups, 1)
-    if form(flow, x, groups, wide) == "whole" and out is not None:
-        reps = out.reshape(groups, -1)[:, 0]
+    if form(flow, x, groups, wide) == "whole" and x is not None and out is not None:
+        known = x if (x >= 0).all() else out  # the input's labels say more: which of them are heads, for one
+        reps = known.reshape(groups, -1)[:, 0]
         by_group(flow, x, groups, reps)
         by_group(flow, out, groups, reps)
         flow.fix(weight[1], "is the width of a group of which all or nothing leaves")
@@ -119,13 +121,23 @@ def transposed(flow: Flow, node: fx.Node, args: Mapping[str, Any]) -> Value:
 
 
 def _input(flow: Flow, node: fx.Node, args: Mapping[str, Any]) -> tuple[Dims, int]:
-    """The input's labels with spatial extents fixed, and the place of its channels (an input may lack the batch)."""
-    kind = node.meta["fxc"].kind
-    rank = int(kind[-2])
-    dims = spatial(flow, flow.of(args["input"]), rank, "slides over it")
+    """The input's labels, spatial extents that a kernel slides over fixed, and the place of its channels (an input may
+    lack the batch)."""
+    rank = int(node.meta["fxc"].kind[-2])
+    weight = args["weight"]
+    kernel = shape_of(weight) if isinstance(weight, fx.Node) else tuple(flow.module().weight.shape)
+    point = all(size == 1 for size in kernel[2:]) and all(step == 1 for step in tuple_of(args["stride"]))
+    dims = flow.of(args["input"])
+    if not point or not _zeros(args["padding"]):
+        dims = spatial(flow, dims, rank, "slides over it")
     if args.get("padding_mode", "zeros") not in ("zeros", "reflect", "replicate", "circular"):
         raise NoRuleError("pads in a way that no rule follows")
     return dims, len(dims) - rank - 1
+
+
+def _zeros(padding: Any) -> bool:
+    """Whether a kernel of one pixel pads nothing; `same` and `valid` are no different there."""
+    return isinstance(padding, str) or not any(tuple_of(padding))
 
 
 def _result(flow: Flow, dims: Dims, channel: int, out: Dim) -> Dims:
