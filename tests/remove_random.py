@@ -230,6 +230,6 @@ def two_outputs(net: RandomNet) -> Step:
     return lambda m, x: a(m, x.amax((2, 3))) + b(m, x).mean((2, 3))
 
 
-BLOCKS = (plain, plain, residual, residual, concatenation, split_and_mix, gate, shuffle, grouped, depthwise, excite, move,
-          cut, widen, again, pixels, attention, module_attention, twice, product, branches)
+BLOCKS = (plain, plain, residual, residual, concatenation, split_and_mix, gate, shuffle, grouped, depthwise, excite,
+          move, cut, widen, again, pixels, attention, module_attention, twice, product, branches)
 HEADS = (pooled, flat, two_outputs)

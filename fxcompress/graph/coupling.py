@@ -132,33 +132,47 @@ class Coupling:
         """Components that are heads of an attention, or places in every head of it."""
         mask = np.zeros(self.count, dtype=np.bool_)
         for labels, _ in self.flow.heads:
-            mask |= self.touched(labels)
+            mask[self.component[labels[labels >= 0]]] = True
         return mask
 
     def tying(self, one: Labels, other: Labels) -> Iterator[fx.Node]:
-        """The operators on a shortest chain of ties from `one` to `other` (labels of two layers), nearest first."""
+        """The operators on a shortest chain of ties between `one` and `other` (labels of two layers), those next to
+        `other` first. Trees of one start are kept, so that asking for many others of one layer stays linear."""
         shared = np.intersect1d(self.of(one[one >= 0]), self.of(other[other >= 0]))
-        if not len(shared):
-            return
-        component = shared[0]
-        start = int(one[self.of(one) == component][0])
-        ends = set(other[self.of(other) == component].tolist())
-        inside = self.component[self._edges[0]] == component
-        a, b, nodes = (array[inside] for array in self._edges)
-        order, before = breadth_first_order(
-            coo_matrix((np.ones(len(a)), (a, b)), shape=(len(self.component),) * 2).tocsr(), start, directed=False)
-        reached = next((int(label) for label in order if int(label) in ends), None)
-        by_pair = {frozenset((int(x), int(y))): int(n) for x, y, n in zip(a, b, nodes, strict=True)}
-        chain = []
-        while reached is not None and reached != start:
-            previous = int(before[reached])
-            chain.append(by_pair[frozenset((previous, reached))])
-            reached = previous
-        for place in dict.fromkeys(reversed(chain)):
-            yield self.flow.nodes[place]
+        if len(shared):
+            start = int(one[self.of(one) == shared[0]][0])
+            tree = self._trees.get(start) or self._trees.setdefault(start, self._tree(int(shared[0]), start))
+            label = int(other[self.of(other) == shared[0]][0])
+            while label in tree:
+                label, place = tree[label]
+                yield self.flow.nodes[place]
 
     @cached_property
-    def _edges(self) -> tuple[Labels, Labels, Labels]:
+    def _trees(self) -> dict[int, dict[int, tuple[int, int]]]:
+        return {}
+
+    def _tree(self, component: int, start: int) -> dict[int, tuple[int, int]]:
+        """For each label of a component the one before it on the way from `start`, and the node that ties them."""
+        begin, end = np.searchsorted(self._edges[3], [component, component + 1])
+        a, b, nodes = (array[begin:end] for array in self._edges[:3])
+        labels, flat = np.unique(np.concatenate([a, b, [start]]), return_inverse=True)
+        x, y = flat[: len(a)], flat[len(a) : 2 * len(a)]
+        size = len(labels)
+        graph = coo_matrix((np.ones(len(a)), (x, y)), shape=(size, size)).tocsr()
+        order, before = breadth_first_order(graph, int(flat[-1]), directed=False)
+        by_pair = {(int(p), int(q)): int(n) for p, q, n in zip(x, y, nodes, strict=True)}
+        return {int(labels[i]): (int(labels[j]), by_pair.get((i, j), by_pair.get((j, i), 0)))
+                for i, j in ((int(i), int(before[i])) for i in order[1:])}
+
+    @cached_property
+    def _edges(self) -> tuple[Labels, Labels, Labels, Labels]:
+        """Every tie as in `_edges` below and its component, sorted by that."""
+        a, b, nodes = _edges(self.flow)
+        order = np.argsort(self.component[a], kind="stable")
+        return a[order], b[order], nodes[order], self.component[a[order]]
+
+
+def _edges(self) -> tuple[Labels, Labels, Labels]:
         return _edges(self.flow)
 
 

@@ -50,6 +50,11 @@ class Layer:
             kind, "out_channels")
 
 
+    def inside(self, mask: Mask) -> bool:
+        """Whether any of its channels belongs to the components of `mask`."""
+        return bool(mask[self.components[self.components >= 0]].any())
+
+
 def layers_of(coupling: Coupling, selected: Sequence[fx.Node]) -> list[Layer]:
     """Every layer of the model, in graph order."""
     chosen = set(selected)
@@ -62,6 +67,15 @@ def mask_of(layers: Sequence[Layer], count: int) -> Mask:
     for layer in layers:
         mask[layer.components[layer.components >= 0]] = True
     return mask
+
+
+def owners_of(layers: Sequence[Layer], count: int) -> Ints:
+    """For each component the number of the first of `layers` that makes it, -1 for none."""
+    owner = np.full(count, -1, dtype=np.int64)
+    for number in range(len(layers) - 1, -1, -1):
+        components = layers[number].components
+        owner[components[components >= 0]] = number
+    return owner
 
 
 @dataclass

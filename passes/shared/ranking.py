@@ -80,12 +80,14 @@ class Ranking:
         compare; a component counts as many times as it takes channels of selected layers."""
         members = np.concatenate(self.groups.members)
         scores, weights = np.zeros(len(self.scores)), np.zeros(len(self.scores))
-        pairs = zip(self.groups.shares, self.groups.layers, strict=True)
-        selected = [share for share, layer in pairs if layer.selected]
+        taken = [0] * len(self.groups.members)
+        for share, layer in zip(self.groups.shares, self.groups.layers, strict=True):
+            for group, each in share.items():
+                taken[group] += each * layer.selected
         for group, inside in enumerate(self.groups.members):
             mean = float(np.abs(self.scores[inside]).mean())
             scores[inside] = self.scores[inside] / (mean or 1.0)
-            weights[inside] = sum(share.get(group, 0) for share in selected)
+            weights[inside] = taken[group]
         order = members[np.argsort(scores[members], kind="stable")]
         total = np.cumsum(weights[order])
         leaving = order[: int(np.searchsorted(total, self.settings.ratio * total[-1] + 1e-9, side="right"))]

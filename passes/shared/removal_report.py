@@ -12,7 +12,7 @@ from fxcompress.graph.coupling import Coupling, Mask
 from fxcompress.graph.coupling_flow import Labels
 from fxcompress.graph.ops import kind_of, path_of
 from fxcompress.graph.site import Change
-from fxcompress.passes.shared.layers import Layer
+from fxcompress.passes.shared.layers import Layer, owners_of
 
 if TYPE_CHECKING:
     from fxcompress.passes.remove import Remove
@@ -28,14 +28,21 @@ def place_of(node: fx.Node) -> str:
     return f"{kind} at {source.split(' ')[0]}" if source else f"{kind} ({path_of(node) or node.name})"
 
 
-def coupled_reason(coupling: Coupling, layers: list[Layer], layer: Layer) -> str:
-    """`coupled by add at resnet.py:102`: the operator that ties `layer` to a selected layer."""
-    for other in layers:
-        if other.selected and len(np.intersect1d(other.components[other.components >= 0], layer.components)):
-            chain = list(coupling.tying(other.made.labels, layer.made.labels))
-            joints = [node for node in chain if not kind_of(node).startswith(_PARAMETERISED)] or chain
-            return f"coupled to {other.path} by {place_of(joints[0])}" if joints else f"coupled to {other.path}"
-    return "coupled"
+def coupled_reasons(coupling: Coupling, layers: list[Layer], others: list[Layer]) -> list[str]:
+    """For each of `others`, `coupled to conv1 by add at resnet.py:102`: the selected layer that it is tied to, and the
+    operator next to it that ties them."""
+    selected = [layer for layer in layers if layer.selected]
+    owner = owners_of(selected, coupling.count)
+    reasons = []
+    for layer in others:
+        owners = owner[layer.components[layer.components >= 0]]
+        owners = owners[owners >= 0]
+        first = selected[int(owners.min())] if len(owners) else None
+        chain = coupling.tying(first.made.labels, layer.made.labels) if first else iter(())
+        joint = next((node for node in chain if not kind_of(node).startswith(_PARAMETERISED)), None)
+        tie = f" by {place_of(joint)}" if joint is not None else ""
+        reasons.append(f"coupled to {first.path}{tie}" if first else "coupled to what is selected")
+    return reasons
 
 
 def blocked(coupling: Coupling, layers: list[Layer], wanted: Mask) -> list[str]:
@@ -101,11 +108,12 @@ def changes_of(coupling: Coupling, layers: list[Layer], doomed: Mask,
             seen.add((path, what))
             found.append((node, Change(path, kinds[node], what, str(len(components)), str(left), why)))
 
-    for layer in layers:
-        if doomed[layer.components[layer.components >= 0]].any():
-            why = "selected" if layer.selected else "follows its input" if layer.follows else coupled_reason(
-                coupling, layers, layer)
-            add(layer.node, layer.path, layer.what, layer.made.labels, why)
+    shrinking = [layer for layer in layers if layer.inside(doomed)]
+    others = [layer for layer in shrinking if not layer.selected and not layer.follows]
+    reasons = dict(zip(map(id, others), coupled_reasons(coupling, layers, others), strict=True))
+    for layer in shrinking:
+        why = reasons.get(id(layer), "selected" if layer.selected else "follows its input")
+        add(layer.node, layer.path, layer.what, layer.made.labels, why)
     for entry in coupling.flow.consumed:
         if isinstance(entry.target, str) and not kinds[entry.node].startswith(("lstm", "gru", "rnn")):
             what = "in_features" if kinds[entry.node] == "linear" else "in_channels"

@@ -18,9 +18,9 @@ from fxcompress.graph.provenance import origins_of, touch
 from fxcompress.graph.site import UNKNOWN_WEIGHTS, Change, Outcome, Site
 from fxcompress.graph.verify import signature
 from fxcompress.passes.shared.constants import Fold
-from fxcompress.passes.shared.layers import Groups, Layer, layers_of, mask_of
+from fxcompress.passes.shared.layers import Groups, Layer, layers_of, mask_of, owners_of
 from fxcompress.passes.shared.ranking import Ranking
-from fxcompress.passes.shared.removal_report import blocked, changes_of, coupled_reason, place_of, shortfalls
+from fxcompress.passes.shared.removal_report import blocked, changes_of, coupled_reasons, place_of, shortfalls
 from fxcompress.passes.shared.removal_scores import scores_of
 
 if TYPE_CHECKING:
@@ -85,11 +85,12 @@ def _hidden(coupling: Coupling, layers: list[Layer]) -> Mask:
     readers = np.zeros(coupling.count, dtype=np.int64)
     for entry in coupling.flow.consumed:
         linear = kind_of(entry.node) in ("linear", "conv1d", "conv2d", "conv3d")
-        readers[coupling.touched(entry.labels)] += 1 if linear else 2
+        components = np.unique(coupling.of(entry.labels))
+        readers[components[components >= 0]] += 1 if linear else 2
     makers = np.ones(coupling.count, dtype=np.bool_)
     for layer in layers:
         if kind_of(layer.node) not in ("linear", "conv1d", "conv2d", "conv3d"):
-            makers &= ~coupling.touched(layer.made.labels)
+            makers[layer.components[layer.components >= 0]] = False
     hidden: Mask = (readers == 1) & makers & ~coupling.heads & ~coupling.inexact
     return hidden
 
@@ -97,24 +98,24 @@ def _hidden(coupling: Coupling, layers: list[Layer]) -> Mask:
 def _coupled(settings: Remove, coupling: Coupling, layers: list[Layer], candidates: Mask, site: Site,
              notes: list[str]) -> Mask:
     """Deal with layers that are tied to selected ones without being selected."""
-    others = [layer for layer in layers if not layer.selected and not layer.follows
-              and (candidates & coupling.touched(layer.made.labels)).any()]
+    others = [layer for layer in layers if not layer.selected and not layer.follows and layer.inside(candidates)]
     if settings.couple == "extend" or not others:
         return candidates
     tied = candidates & mask_of(others, coupling.count)
     if settings.couple == "error":
-        lines = [f"{o.path} ({kind_of(o.node)}) is {coupled_reason(coupling, layers, o)}" for o in others]
+        lines = [f"{layer.path} ({kind_of(layer.node)}) is {reason}"
+                 for layer, reason in zip(others, coupled_reasons(coupling, layers, others), strict=True)]
         count = f"{len(others)} layers" if len(others) > 1 else "a layer"
         raise _error(
             "FXC0304", f"{count} would shrink with the selected ones, without being selected", site,
             lines[:12] + [f"and {len(lines) - 12} more"] * (len(lines) > 12),
             "select them too, or say `couple = extend` to shrink them too, or `couple = skip` to leave what is tied as "
             "it is")
+    owner = owners_of(others, coupling.count)
     for layer in layers:
-        kept = (candidates & tied & coupling.touched(layer.made.labels)).any()
-        if layer.selected and kept:
-            other = next(o for o in others if (tied & coupling.touched(layer.made.labels)
-                                               & coupling.touched(o.made.labels)).any())
+        if layer.selected and layer.inside(tied):
+            owners = owner[layer.components[layer.components >= 0]]
+            other = others[int(owners[owners >= 0].min())]
             notes.append(f"{layer.path} keeps what is tied to {other.path}, which isn't selected (couple = skip)")
     return candidates & ~tied
 
