@@ -105,7 +105,8 @@ class Explaining:
         """`; the largest is 512` where no node satisfies a comparison."""
         if left or predicate.key == "name":
             return ""
-        values = [value for node in nodes if (value := self.at.value(node, predicate.key)) is not None]
+        found = [self.at.value(node, predicate.key) for node in self.at.sorted(nodes)]
+        values = [value for value in found if value is not None]
         if not values:
             return "; none of them has that fact"
         if predicate.op in (">", ">=") and all(isinstance(value, int | float) for value in values):
