@@ -92,7 +92,7 @@ def compile(policy_path: Path, spec: str, weights: Path | None = None, params: P
     policy, loaded = _load(policy_path, spec, weights, params)
     made = read_plan(plan_file) if plan_file is not None else None
     result = compile_policy(policy, _capture(loaded), plan=made, epochs=_epochs(policy), steps_per_epoch=1)
-    _run_through(result)
+    run_through(result)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # they are in `result.warnings`, and printed from there
         deployed = result.finalize()
@@ -112,7 +112,7 @@ def _epochs(policy: Policy) -> float:
     return max((window.end for window in windows if window.unit == "epochs"), default=1)
 
 
-def _run_through(result: Result) -> None:
+def run_through(result: Result) -> None:
     """Let every phase begin and end, in its order, with every ramp at its end, by moving the clock behind them all."""
     ends = [phase.window.end for phase in result.policy.phases if phase.window and phase.window.unit == "steps"]
     result.clock.steps, result.clock.epochs = math.ceil(max(ends, default=0)), math.ceil(_epochs(result.policy))

@@ -269,8 +269,9 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     problems = _misfits(wanted, stored)
     if problems:
         shown = problems[:12] + ([f"and {len(problems) - 12} more"] if len(problems) > 12 else [])
-        _fail("FXC0716", f"the weights in {path} are not those of this model: {len(problems)} tensors don't fit",
-              *shown, help_="name the model that the weights were saved from")
+        count = "1 tensor doesn't fit" if len(problems) == 1 else f"{len(problems)} tensors don't fit"
+        _fail("FXC0716", f"the weights in {path} are not those of this model: {count}", *shown,
+              help_="name the model that the weights were saved from")
     model.load_state_dict(stored, strict=False)
 
 

@@ -95,7 +95,7 @@ def _find(rows: Sequence[Layer], name: str) -> Layer | None:
     for row in rows:
         if name in (row.label, row.name):
             return row
-    inside = [row for row in rows if row.path == name]
+    inside = [row for row in rows if name and row.path == name]
     return inside[0] if len(inside) == 1 else None
 
 

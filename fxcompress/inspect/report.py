@@ -62,8 +62,8 @@ class Report:
         if self.run is None:
             return ""
         if not self.run.steps and not self.run.epochs:
-            return ", not trained since"
-        return f", trained for {self.run.steps:,} steps, {self.run.epochs:,} epochs"
+            return ", compressed without training"
+        return f", compressed over {self.run.steps:,} steps, {self.run.epochs:,} epochs of training"
 
     def _totals(self) -> Table:
         return totals(self.before.sizes if self.before else None, self.after.sizes)
