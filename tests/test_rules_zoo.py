@@ -113,3 +113,25 @@ def test_heads_stay_heads_behind_a_depthwise_convolution() -> None:
     thin, _ = removed(_Positions(), torch.randn(2, 9, 6))
     shapes = [tuple(thin.module.get_parameter(f"{name}.weight").shape) for name in ("qkv", "conv", "out")]
     assert shapes == [(48, 6), (16, 1, 3, 3), (5, 16)]
+
+
+class _InPlace(nn.Module):
+    """A dropout that works in place (as before the classifiers of MobileNetV3 and EfficientNet)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.drop, self.last = nn.Linear(6, 8), nn.Dropout(1.0, inplace=True), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.drop(self.first(x)))
+
+
+def test_modules_that_work_in_place_no_longer_do() -> None:
+    torch.manual_seed(0)
+    model, x = _InPlace(), torch.randn(2, 6)
+    captured = capture(model.eval(), x)
+    torch.testing.assert_close(captured.module(x), model(x))
+    torch.testing.assert_close(captured.module.train()(x), model.train()(x))
+    assert not captured.module.get_submodule("drop").inplace
+    assert model.drop.inplace
+    removed(model, x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import Tensor, fx, nn
@@ -30,6 +31,7 @@ def assemble(
     drop_dead(graph)
     called = [str(node.target) for node in graph.nodes if node.op == "call_module"]
     leaves = {path: _leaf(model, path, traced) for path in called}
+    _out_of_place(graph, leaves)
     tree = plain_tree(model, leaves)
     _register_constants(tree, traced)
     if other is not None:
@@ -60,6 +62,17 @@ def _leaf(model: nn.Module, path: str, traced: Traced) -> nn.Module:
     if type(module) not in MODULES and not hasattr(module, "parametrizations"):
         return make_twin(module, next(base for base in type(module).__mro__ if base in MODULES))
     return module
+
+
+def _out_of_place(graph: fx.Graph, leaves: Mapping[str, nn.Module]) -> None:
+    """Let modules that work in place no longer do so, where nothing reads their input afterwards."""
+    order = {node: place for place, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        leaf = leaves[str(node.target)] if node.op == "call_module" else None
+        if leaf is not None and getattr(leaf, "inplace", False):
+            readers = [user for source in node.all_input_nodes for user in source.users]
+            if all(order[user] <= order[node] for user in readers):
+                leaf.inplace = False  # type: ignore[assignment]
 
 
 def _register_constants(tree: nn.Module, traced: Traced) -> None:
