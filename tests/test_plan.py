@@ -313,6 +313,16 @@ def test_check_model_finds_everything_at_once() -> None:
     assert check_model(unset, fxcompress.capture(small(), IMAGES))[0].code == "FXC0133"
 
 
+def test_a_let_that_selects_nothing_is_told_once() -> None:
+    policy = parse("""policy p {
+        let none = "9"
+        mask none { sparsity = 50% }
+        mask none | linear { sparsity = 50% }
+        mask linear - none { sparsity = 50% }
+    }""")
+    assert [item.code for item in check_model(policy, fxcompress.capture(small(), IMAGES))] == ["FXC0202"]
+
+
 def test_inputs_are_compared() -> None:
     captured = fxcompress.capture(small(), IMAGES)
 

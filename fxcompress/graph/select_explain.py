@@ -219,7 +219,8 @@ def nearest_path(pattern: str, paths: Iterable[str]) -> Near:
 
 def _mended(parts: list[str], place: int, there: list[str]) -> tuple[str, str | None]:
     """A help line and the pattern with the part at `place` replaced by the nearest of `there`."""
-    near = nearest(parts[place].strip("*?"), there)
+    stems = [f"{name.rstrip('0123456789')}*" for name in there]  # `layr*` is meant as `layer*`, not as `layer4`
+    near = nearest(parts[place], stems) if parts[place].endswith("*") else nearest(parts[place], there)
     names = [".".join([*parts[:place], name, *parts[place + 1:]]) for name in near]
     return _did_you_mean(names), names[0] if names else None
 
@@ -227,7 +228,7 @@ def _mended(parts: list[str], place: int, there: list[str]) -> tuple[str, str | 
 def _did_you_mean(names: list[str]) -> str:
     if names:
         return f"did you mean {quoted(names)}?"
-    return "`fxcompress plan` prints the layers; `optional` before the action lets it come to nothing"
+    return "name one that is there, or write `optional` before the action if it may come to nothing"
 
 
 def _some(names: list[str]) -> str:

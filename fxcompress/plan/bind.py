@@ -109,7 +109,10 @@ class Binder:
         selecting = self.selecting()
         nodes = selecting.select(selector, optional)
         nodes = fitting(VERBS[action.verb], selecting, selector, nodes)
-        return None if len(self.sink.items) > before else nodes
+        if len(self.sink.items) == before:
+            return nodes
+        self.broken.update(ref.name for ref in refs(selector) if not self.names[ref.name])  # told once is enough
+        return None
 
     def _check_gone(self, ref: Ref, optional: bool) -> None:
         """Report nodes of a `let` that are gone and left no successor."""
