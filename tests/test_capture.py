@@ -124,7 +124,9 @@ def test_copies_and_skeletons() -> None:
     model = make("mobilenet_v2").eval()
     captured = capture(model, (images("", 2),))
     before = captured.module.state_dict()
-    for other in (captured.copy(), captured.skeleton(), captured.skeleton().skeleton()):
+    light = capture(model, (images("", 2),), skeleton=True)
+    assert not light.concrete
+    for other in (captured.copy(), captured.skeleton(), captured.skeleton().skeleton(), light):
         other.refresh()
         assert [node.name for node in other.graph.nodes] == [node.name for node in captured.graph.nodes]
         assert other.fingerprint() == captured.fingerprint() and other.facts == captured.facts

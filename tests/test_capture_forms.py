@@ -299,6 +299,20 @@ def test_a_fixed_batch_says_where() -> None:
     captured.refresh()
 
 
+def test_ways_of_its_own_at_some_batch_sizes_are_told() -> None:
+    small = Net(lambda m, x: m.c(x) if x.shape[0] <= 8 else m.c(x) * 2, c=conv())
+    captured = capture(small, torch.randn(2, 3, 8, 8))
+    assert captured.way == "export" and not captured.fixed_batch
+    assert any("batch sizes of 2 to 8" in note for note in captured.notes)
+    assert_same(small, captured, torch.randn(8, 3, 8, 8))
+    pair = Net(lambda m, x: m.c(x) * 2 if x.shape[0] == 2 else m.c(x), c=conv())
+    captured = capture(pair, torch.randn(2, 3, 8, 8))
+    assert captured.way == "export" and "at this batch size" in captured.fixed_batch
+    assert_same(pair, captured, torch.randn(2, 3, 8, 8))
+    whole = Net(lambda m, x: m.c(x) if x.shape[0] > 0 else x, c=conv())  # the same way for every batch
+    assert capture(whole, torch.randn(2, 3, 8, 8)).way == "fx"
+
+
 def test_the_model_stays_as_it_is() -> None:
     model = nn.Sequential(conv(), nn.BatchNorm2d(4), nn.Dropout(0.5))
     model[2].eval()
@@ -391,6 +405,7 @@ def test_leaves_are_of_torch_s_own_classes() -> None:
 REFUSED = {
     "value": (lambda m, x: m.c(x) if x.sum() > 0 else x, "reads the value of a tensor"),
     "item": (lambda m, x: m.c(x) * x.max().item(), "reads the value of a tensor"),
+    "shape": (lambda m, x: m.c(x)[x[:, :1].nonzero()[0]], "depends on the value of a tensor"),
     "batch": (lambda m, x: m.c(x) if x.shape[0] > 4 else x, "batch size"),
     "range": (lambda m, x: sum(m.c(x)[i].sum() for i in range(x.shape[0])), "batch size"),
 }
@@ -412,7 +427,7 @@ def test_refused_with_the_model_s_line(name: str) -> None:
     (nn.Linear(2, 2), 3, "FXC0402"),
     (nn.Linear(2, 2), (torch.ones(1, 2), torch.ones(1)), "FXC0402"),
     (nn.Linear(2, 2), {"x": torch.ones(1, 2)}, "FXC0402"),
-    (nn.Linear(2, 2), torch.ones(1, 3), "FXC0401"),
+    (nn.Linear(2, 2), torch.ones(1, 3), "FXC0402"),
 ])
 def test_wrong_calls(model: Any, inputs: Any, code: str) -> None:
     with pytest.raises(CaptureError) as caught:

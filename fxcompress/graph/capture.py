@@ -17,14 +17,15 @@ from .dynamic import UntraceableError
 from .probe import Fakes, quiet
 from .propagate import device_of
 from .trace import Traced, trace
-from .tree import clone_model
+from .tree import clone_model, meta
 from .values import BatchFixedError
 
 Way = Literal["auto", "fx", "export"]
 
 
 def capture(
-    model: nn.Module, example_inputs: Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any], way: Way = "auto"
+    model: nn.Module, example_inputs: Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any], way: Way = "auto",
+    skeleton: bool = False,
 ) -> Captured:
     """Capture `model` as a graph in normal form (`docs/design.md`); the model is left as it is.
 
@@ -32,6 +33,8 @@ def capture(
     tensor is the batch, and the graph works for any batch size unless `Captured.fixed_batch` says why not. Weights
     may be on `meta`. `way` is "fx" (run the model's code on fake tensors and record it), "export" (`torch.export`,
     put back into modules), or "auto": the first, and where the model's code does what can't be recorded, the second.
+
+    With `skeleton` no weight is copied: those of the result are on `meta`, which is all that planning needs.
 
     The result follows `.train()` and `.eval()`, has the model's `state_dict` keys and mode, and returns plain
     containers: mappings and dataclasses (the outputs of transformers) become dicts, named tuples become tuples.
@@ -42,25 +45,27 @@ def capture(
     _check_model(model)
     example = as_example(example_inputs)
     with quiet():
-        return _capture(model, example, bind_inputs(model, example), way)
+        return _capture(model, example, bind_inputs(model, example), way, meta if skeleton else Tensor.clone)
 
 
-def _capture(model: nn.Module, example: Example, inputs: Inputs, way: Way) -> Captured:
+def _capture(
+    model: nn.Module, example: Example, inputs: Inputs, way: Way, make: Callable[[Tensor], Tensor]
+) -> Captured:
     name = type(model).__name__
     failed: list[tuple[str, UntraceableError]] = []
     if way in ("auto", "fx"):
         try:
-            return _by_tracing(model, example, inputs, name)
+            return _by_tracing(model, example, inputs, name, copy_of(model, make))
         except UntraceableError as error:
             failed.append(("fx", error))
     if way in ("auto", "export"):
         from .export_ import by_export
 
         try:
-            return by_export(model, example, inputs, name, copy_of(model))
+            return by_export(model, example, inputs, name, copy_of(model, make))
         except UntraceableError as error:
             failed.append(("export", error))
-    raise _refused(name, failed)
+    raise _refused(name, example, failed)
 
 
 @dataclass(frozen=True)
@@ -119,18 +124,16 @@ def _check_model(model: object) -> None:
                          help="run the model once on an input, then capture it")
 
 
-def copy_of(model: nn.Module) -> nn.Module:
-    """A deep copy of `model`. Raises CaptureError (FXC0403) where it can't be copied."""
+def copy_of(model: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A deep copy of `model` with tensors made by `make`. Raises CaptureError (FXC0403) where it can't be copied."""
     try:
-        return clone_model(model)
+        return clone_model(model, make)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise _error("FXC0403", f"`{type(model).__name__}` can't be copied: {error}",
                      help="capture works on a copy of the model; make copy.deepcopy(model) work") from error
 
 
-def _by_tracing(model: nn.Module, example: Example, inputs: Inputs, name: str) -> Captured:
-    copied = copy_of(model)
-
+def _by_tracing(model: nn.Module, example: Example, inputs: Inputs, name: str, copied: nn.Module) -> Captured:
     def run(fakes: Fakes, training: bool) -> Traced:
         return trace(copied, inputs.values, inputs.call, fakes, training)
 
@@ -162,14 +165,21 @@ def trace_both(
         return traced, None, fixed, (note,)
 
 
-def _refused(name: str, failed: list[tuple[str, UntraceableError]]) -> CaptureError:
+def _refused(name: str, example: Example, failed: list[tuple[str, UntraceableError]]) -> CaptureError:
     """The diagnostic for a model that no way takes, with the model's line and what each way said."""
     first = failed[0][1]
-    where = f" at {first.source}" if first.source else ""
-    notes = tuple(f"by {way}: {_short(error.reason)}{f' at {error.source}' if error.source else ''}" for way,
-                  error in failed)
-    return _error("FXC0401", f"`{name}` can't be captured: {_short(first.reason)}{where}", notes=notes[1:],
-                  help=_way_out(first.reason))
+    reason = _at(first)
+    if first.computing:
+        shapes = ", ".join(f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in example.tensors())
+        return _error("FXC0402", f"`{name}` doesn't run on the example inputs: {reason}",
+                      notes=(f"the inputs are {shapes or 'no tensors'}",),
+                      help="give inputs of the shape and dtype that the model is made for")
+    notes = tuple(f"by {way}: {_at(error)}" for way, error in failed[1:])
+    return _error("FXC0401", f"`{name}` can't be captured: {reason}", notes=notes, help=_way_out(first.reason))
+
+
+def _at(error: UntraceableError) -> str:
+    return f"{_short(error.reason)} at {error.source}" if error.source else _short(error.reason)
 
 
 def _short(reason: str, limit: int = 200) -> str:

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-import torch
 from torch import Tensor, fx, nn
 
 from . import ops
@@ -14,7 +13,7 @@ from .facts import Facts, totals
 from .fingerprint import fingerprint
 from .ops import path_of
 from .propagate import propagate
-from .tree import copy_module
+from .tree import copy_module, meta
 
 
 @dataclass(frozen=True)
@@ -90,12 +89,12 @@ class Captured:
 
     def copy(self) -> Captured:
         """A deep copy: its own graph and weights (shared weights stay shared), same node names and facts."""
-        return replace(self, module=copy_module(self.module, torch.Tensor.clone), moved=dict(self.moved))
+        return replace(self, module=copy_module(self.module, Tensor.clone), moved=dict(self.moved))
 
     def skeleton(self) -> Captured:
         """The same graph with weights on the `meta` device: nothing is allocated. Free for one that is a skeleton
         already in memory, not in identity: its graph is a copy too."""
-        return replace(self, module=copy_module(self.module, _meta), moved=dict(self.moved), concrete=False)
+        return replace(self, module=copy_module(self.module, meta), moved=dict(self.moved), concrete=False)
 
     def refresh(self) -> None:
         """After a rewrite: drop dead nodes, check and recompile the graph, compute shapes and facts anew. Takes time
@@ -145,10 +144,6 @@ class Captured:
     def fingerprint(self) -> str:
         """A hash of the graph, the modules' settings and all shapes and dtypes, not of the weights' values."""
         return fingerprint(self)
-
-
-def _meta(tensor: Tensor) -> Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 Nodes = Iterable[fx.Node]

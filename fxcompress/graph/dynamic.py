@@ -14,11 +14,12 @@ if TYPE_CHECKING:
 
 
 class UntraceableError(Exception):
-    """The model does something that a graph can't hold: `reason` says what, `source` where."""
+    """The model does something that a graph can't hold: `reason` says what, `source` where. `computing` says that an
+    operator failed on tensors like the example inputs, as it would in the model itself."""
 
-    def __init__(self, reason: str, source: str = "") -> None:
+    def __init__(self, reason: str, source: str = "", computing: bool = False) -> None:
         super().__init__(reason)
-        self.reason, self.source = reason, source
+        self.reason, self.source, self.computing = reason, source, computing
 
 
 class _Dynamic:

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
-from torch.export.graph_signature import InputKind, OutputKind
+from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.numbers import int_oo
 
 from . import frames
 from .assemble import assemble
@@ -151,7 +152,8 @@ def _trace(model: nn.Module, example: Example, inputs: Inputs, fakes: Fakes, tra
     _now.calls.clear()
     _now.notes.clear()
     with watched_modes(training, lambda: _now.computing) as reads, _leaves_as_operators(model):
-        program = _export(model, example, inputs)
+        program = _export(model, example, inputs, fixed=len(fakes.batches) == 1)
+    _check_batch(program, fakes)
     try:
         return _record(program, model, inputs, fakes, training, bool(reads))
     except UntraceableError as error:
@@ -160,18 +162,19 @@ def _trace(model: nn.Module, example: Example, inputs: Inputs, fakes: Fakes, tra
     return _record(program.run_decompositions({}), model, inputs, fakes, training, bool(reads))
 
 
-def _export(model: nn.Module, example: Example, inputs: Inputs) -> ExportedProgram:
+def _export(model: nn.Module, example: Example, inputs: Inputs, fixed: bool) -> ExportedProgram:
     on_meta = any(parameter.is_meta for parameter in model.parameters())
     batch = example.batch
 
     def grow(tensor: Tensor) -> Tensor:
         """A batch of one would be taken for a constant."""
         tensor = tensor.to("meta") if on_meta else tensor
-        return torch.cat([tensor, tensor]) if batch == 1 and tensor.dim() and tensor.shape[0] == 1 else tensor
+        alone = batch == 1 and not fixed and tensor.dim() and tensor.shape[0] == 1
+        return torch.cat([tensor, tensor]) if alone else tensor
 
     def dims(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return {0: Dim.AUTO} if value.dim() and value.shape[0] == max(2, batch) else None
+            return {0: Dim.AUTO} if value.dim() and not fixed and value.shape[0] == max(2, batch) else None
         if isinstance(value, tuple | list):
             return type(value)(dims(item) for item in value)
         return {key: dims(item) for key, item in value.items()} if isinstance(value, dict) else None
@@ -185,6 +188,22 @@ def _export(model: nn.Module, example: Example, inputs: Inputs) -> ExportedProgr
         return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     except RAISED_BY_MODELS as error:
         raise UntraceableError(f"torch.export: {type(error).__name__}: {error}", frames.innermost(error)) from error
+
+
+def _check_batch(program: ExportedProgram, fakes: Fakes) -> None:
+    """Note for which batch sizes an exported graph holds, where not for all: `torch.export` follows conditions on sizes
+    the way the example goes. Raises BatchFixedError if it holds for the example's alone."""
+    specs = program.graph_signature.input_specs
+    given = [spec.arg.name for spec in specs if spec.kind == InputKind.USER_INPUT
+             and isinstance(spec.arg, TensorArgument)]
+    sizes = [size for node in program.graph.nodes if node.name in given for size in node.meta["val"].shape[:1]]
+    known = [size if type(size) is int else size.node.maybe_as_int() for size in sizes]
+    if len(fakes.batches) > 1 and max(2, fakes.batches[0]) in known:
+        raise BatchFixedError("torch.export: the model's code takes a way of its own at this batch size", "")
+    for bounds in program.range_constraints.values():
+        if bounds.upper != int_oo or bounds.lower > 2:
+            _now.notes.append(f"the graph holds for batch sizes of {bounds.lower} to {bounds.upper}: the model's code "
+                              "takes another way at others")
 
 
 def _record(

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from . import frames
 from .convert import CONVERTERS, Done, NoCanonicalFormError
@@ -22,6 +23,7 @@ from .ops import OPS
 from .probe import Fakes
 from .sources import Source, sources
 from .tidy import tidy
+from .trace_errors import RAISED_BY_MODELS
 from .values import BatchFixedError, Held, Value, all_equal, flat, map_leaves
 from .writes import WRITES, overwrite
 
@@ -52,6 +54,7 @@ class Recorder:
     _sizes: dict[tuple[fx.Node, int], DynInt] = field(default_factory=dict)
     _sharers: dict[int, list[int]] = field(default_factory=dict)  # memory -> ids of the tensors on it
     _memories: dict[int, int] = field(default_factory=dict)  # storage of a fake -> memory, where they differ
+    _alive: list[Value] = field(default_factory=list)  # ids of tensors and storages stay taken
     _device: Held | None = None
 
     # -- what is known of values ----------------------------------------------------------------------------------
@@ -267,11 +270,14 @@ class Recorder:
             for probe in range(len(self.fakes.batches)):
                 try:
                     results.append(run(*self.probe(args, probe), **self.probe(kwargs, probe)))
-                except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, NotImplementedError) as error:
+                except (DynamicOutputShapeException, DataDependentOutputException) as error:
+                    reason = f"the shape of what `{name}` gives depends on the value of a tensor"
+                    raise UntraceableError(reason, self.source()) from error
+                except RAISED_BY_MODELS as error:
                     reason = f"{name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
                     if probe:
                         raise BatchFixedError(reason, self.source()) from error
-                    raise UntraceableError(reason, self.source()) from error
+                    raise UntraceableError(reason, self.source(), computing=True) from error
         return tuple(results)
 
     def _wrap(self, node: fx.Node, results: tuple[Any, ...]) -> Any:
@@ -312,6 +318,7 @@ class Recorder:
         storage = fakes[0].untyped_storage()._cdata
         value = self.values[id(tensor)] = Value(tensor, node, fakes, self._memories.get(storage, storage))
         self._sharers.setdefault(value.memory, []).append(id(tensor))
+        self._alive.append(value)
         return value
 
     def rebind(self, tensors: list[Tensor], news: list[Value], reason: str) -> None:

@@ -7,6 +7,7 @@ import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 
@@ -26,9 +27,15 @@ def copy_tensors(modules: Iterable[nn.Module], make: Callable[[Tensor], Tensor])
     return memo
 
 
-def clone_model(model: nn.Module) -> nn.Module:
-    """A deep copy of `model`, also of one whose tensor attributes hang in an autograd graph."""
-    copied: nn.Module = copy.deepcopy(model, copy_tensors(model.modules(), Tensor.clone))
+def meta(tensor: Tensor) -> Tensor:
+    """A tensor like `tensor` on the `meta` device."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def clone_model(model: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A deep copy of `model` with tensors made by `make`, also of one whose tensor attributes hang in an autograd
+    graph."""
+    copied: nn.Module = copy.deepcopy(model, copy_tensors(model.modules(), make))
     return copied
 
 
