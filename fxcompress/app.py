@@ -100,12 +100,13 @@ def explain(what: Annotated[str, typer.Argument(metavar="CODE|DIR", help="A code
 def plan(policy: Policy, model: Spec, weights: Weights = None, param: Params = None,
          output: Annotated[Path | None,
                            typer.Option("-o", "--output", metavar="FILE", help="Save the plan as JSON.")] = None,
-         format: Annotated[Layout, typer.Option()] = Layout.TEXT) -> None:
+         format: Annotated[Layout, typer.Option()] = Layout.TEXT,
+         verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Every layer and every note.")] = False) -> None:
     """Show what a policy would do to a model, before any of it is done."""
     params = _params(param)
     from . import commands
 
-    raise typer.Exit(commands.plan(policy, model, weights, params, output, format.value))
+    raise typer.Exit(commands.plan(policy, model, weights, params, output, format.value, verbose))
 
 
 @app.command()

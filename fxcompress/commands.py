@@ -73,14 +73,15 @@ def check_model(policy_paths: Sequence[Path], spec: str, params: Params | None =
 
 @_reporting
 def plan(policy_path: Path, spec: str, weights: Path | None = None, params: Params | None = None,
-         output: Path | None = None, format: str = "text") -> int:
-    """Print what the policy would do to the model (`text` or `json`, to stdout), and save it as JSON to `output`."""
+         output: Path | None = None, format: str = "text", verbose: bool = False) -> int:
+    """Print what the policy would do to the model (`text`, with `verbose` layer by layer, or `json`; to stdout), and save
+    it as JSON to `output`."""
     policy, loaded = _load(policy_path, spec, weights, params)
     made = make_plan(policy, _capture(loaded))
     if output is not None:
         write_plan(output, made.to_json())
         print(f"the plan is in {output}", file=sys.stderr)
-    sys.stdout.write(made.to_json() if format == "json" else made.show())
+    sys.stdout.write(made.to_json() if format == "json" else made.show(verbose=verbose))
     return 0
 
 

@@ -140,6 +140,15 @@ def test_plan_as_json(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "FXC0721" in capsys.readouterr().err
 
 
+def test_plan_layer_by_layer(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", "small.fxc", "--model", "zoo.py:net"]) == 0
+    short = capsys.readouterr().out
+    assert run(["plan", "small.fxc", "--model", "zoo.py:net", "--verbose"]) == 0
+    full = capsys.readouterr().out
+    assert len(full.splitlines()) > len(short.splitlines())
+    assert re.search(r"^ +second +linear ", full, re.MULTILINE) and not re.search(r"^ +second ", short, re.MULTILINE)
+
+
 def test_inspect_diff_explain(here: Path, golden: Golden, capsys: pytest.CaptureFixture[str]) -> None:
     for name, share in (("one", "60%"), ("two", "80%")):
         arguments = ["compile", "small.fxc", "--model", "zoo.py:net", "--param", f"sparsity={share}", "-o", name]
