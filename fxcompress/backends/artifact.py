@@ -57,8 +57,10 @@ def load(directory: str | os.PathLike[str], device: str | torch.device = "cpu") 
 def to_files(module: fx.GraphModule) -> dict[str, bytes]:
     """The content of each file of the artifact of `module`. Raises ArtifactError (FXC0610)."""
     try:
-        document, stored = _encode(module)
-        again, _ = _encode(_decode(parse(dump(document), "graph.json"), dict(stored), main_device(module)))
+        device = main_device(module)
+        tree, document = _encode(module, device)
+        loaded = _decode(parse(dump(document), "graph.json"), dict(tree.stored), device, torch.device("cpu"))
+        _, again = _encode(loaded, device, copies=False)
     except UnsaveableError as error:
         raise ArtifactError([Diagnostic(
             "FXC0610", f"{error} can't be saved",
@@ -71,7 +73,7 @@ def to_files(module: fx.GraphModule) -> dict[str, bytes]:
     meta = module.meta.get(META, {})
     return {
         "graph.json": dump(document),
-        "weights.safetensors": safetensors.torch.save(stored, metadata={"format": "pt"}),
+        "weights.safetensors": safetensors.torch.save(tree.stored, metadata={"format": "pt"}),
         "policy.fxc": str(meta.get("policy") or "").encode("utf-8"),
         "plan.json": dump(meta.get("plan")),
         "report.json": dump(meta.get("report")),
@@ -80,7 +82,8 @@ def to_files(module: fx.GraphModule) -> dict[str, bytes]:
 
 def from_files(files: Mapping[str, bytes], device: torch.device) -> fx.GraphModule:
     """The GraphModule in the files of an artifact. Raises ArtifactError (FXC0604 to FXC0609)."""
-    module = _decode(parse(files["graph.json"], "graph.json"), _weights(files["weights.safetensors"]), device)
+    stored = _weights(files["weights.safetensors"])
+    module = _decode(parse(files["graph.json"], "graph.json"), stored, device, device)
     try:
         policy = files["policy.fxc"].decode("utf-8")
     except UnicodeDecodeError as error:
@@ -97,9 +100,10 @@ def main_device(module: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def _encode(module: fx.GraphModule) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _encode(module: fx.GraphModule, device: torch.device, copies: bool = True) -> tuple[TreeEncoder, dict[str, Any]]:
+    """The tree, with the tensors to store unless `copies` is off, and the document. `device` is that of the weights."""
     called = frozenset(str(node.target) for node in module.graph.nodes if node.op == "call_module")
-    tree = TreeEncoder(called)
+    tree = TreeEncoder(called, copies)
     tree.root(module)
     names = frozenset(entry["name"] for entry in tree.tensors)
     document = {
@@ -107,16 +111,17 @@ def _encode(module: fx.GraphModule) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "modules": tree.modules,
         "tensors": tree.tensors,
         "evaluation": tree.evaluation,
-        "nodes": save_nodes(module.graph, names, main_device(module)),
+        "nodes": save_nodes(module.graph, names, device),
     }
-    return document, tree.stored
+    return tree, document
 
 
-def _decode(document: Cursor, stored: dict[str, Tensor], device: torch.device) -> fx.GraphModule:
+def _decode(document: Cursor, stored: dict[str, Tensor], device: torch.device, holds: torch.device) -> fx.GraphModule:
+    """The module of a document, for weights on `device`; `holds` is where they are put (elsewhere only for a check)."""
     fields = document.fields(("name", "modules", "tensors", "evaluation", "nodes"))
     root = fx.GraphModule(nn.Module(), fx.Graph(), class_name=fields["name"].identifier())
     modules = read_modules(root, fields["modules"])
-    tensors = read_tensors(root, fields["tensors"], stored, device)
+    tensors = read_tensors(root, fields["tensors"], stored, holds)
     read_modes(root, fields["evaluation"])
     graph = read_nodes(fields["nodes"], modules, tensors, device)
     root.graph = graph  # makes the code of `forward`

@@ -28,9 +28,11 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass
 class TreeEncoder:
-    """Walks a module tree. `called` are the paths that the graph calls; any other module may be a container."""
+    """Walks a module tree. `called` are the paths that the graph calls; any other module may be a container. With
+    `copies`, `stored` gets a copy of each tensor."""
 
     called: frozenset[str]
+    copies: bool = True
     modules: list[dict[str, Any]] = field(default_factory=list)
     tensors: list[dict[str, Any]] = field(default_factory=list)
     stored: dict[str, Tensor] = field(default_factory=dict)
@@ -87,7 +89,8 @@ class TreeEncoder:
             self._tensor_names[tensor] = full
             persistent = role == "buffer" and name not in module._non_persistent_buffers_set
             self.tensors.append(_tensor_entry(full, role, persistent, tensor))
-            self.stored[full] = _plain_copy(tensor)
+            if self.copies:
+                self.stored[full] = _plain_copy(tensor)
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
