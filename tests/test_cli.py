@@ -152,7 +152,7 @@ def test_commands_for_models(monkeypatch: pytest.MonkeyPatch) -> None:
     assert called(monkeypatch, "plan", "p.fxc", "--model", "m:f", "--weights", "w.safetensors", "-o", "plan.json",
                   "--param",
                   "a=50%", "--param", "b=c=d", "--format", "json") == (
-        "plan", p, "m:f", Path("w.safetensors"), {"a": "50%", "b": "c=d"}, Path("plan.json"), "json")
+        "plan", p, "m:f", Path("w.safetensors"), {"a": "50%", "b": "c=d"}, Path("plan.json"), "json", False)
     assert called(monkeypatch, "compile", "p.fxc", "--model", "m:f", "-o", "out", "--plan", "plan.json") == (
         "compile", p, "m:f", None, {}, Path("out"), Path("plan.json"))
     assert called(monkeypatch, "inspect", "out", "--format", "json") == ("inspect", Path("out"), "json")

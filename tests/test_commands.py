@@ -146,7 +146,8 @@ def test_plan_layer_by_layer(here: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert run(["plan", "small.fxc", "--model", "zoo.py:net", "--verbose"]) == 0
     full = capsys.readouterr().out
     assert len(full.splitlines()) > len(short.splitlines())
-    assert re.search(r"^ +second +linear ", full, re.MULTILINE) and not re.search(r"^ +second ", short, re.MULTILINE)
+    assert re.search(r"^ +second +conv2d +in_channels +8 -> 4 ", full, re.MULTILINE)
+    assert "in_channels" not in short
 
 
 def test_inspect_diff_explain(here: Path, golden: Golden, capsys: pytest.CaptureFixture[str]) -> None:
