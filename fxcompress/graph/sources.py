@@ -75,7 +75,7 @@ def sources() -> Mapping[Callable[..., Any], Source]:
     found: dict[Callable[..., Any], Source] = {}
     for op in TABLE:
         found.setdefault(op.target, Source(op.name, op, op.params, False))
-        for text in op.sources:
+        for text in sorted(op.sources, key=lambda text: "(" not in text):  # one with a signature of its own comes first
             name, bracket, signature = text.partition("(")
             params = parse_signature(signature.removesuffix(")")) if bracket else None
             for short, target in _targets(name):

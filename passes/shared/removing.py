@@ -22,6 +22,7 @@ from fxcompress.passes.shared.layers import Groups, Layer, layers_of, mask_of, o
 from fxcompress.passes.shared.ranking import Ranking
 from fxcompress.passes.shared.removal_report import blocked, changes_of, coupled_reasons, place_of, shortfalls
 from fxcompress.passes.shared.removal_scores import scores_of
+from fxcompress.passes.shared.residual import stream
 
 if TYPE_CHECKING:
     from fxcompress.passes.remove import Remove
@@ -70,9 +71,12 @@ def _wanted(coupling: Coupling, layers: list[Layer], what: str, site: Site) -> M
         mask &= coupling.heads
     elif what == "hidden":
         mask &= _hidden(coupling, layers)
+    elif what == "embedding":
+        mask &= stream(coupling)
     if not mask.any():
         kinds = sorted({kind_of(node) for node in site.nodes})
-        text = {"channels": "no channels", "hidden": "no inner width of a perceptron"}.get(what, "no attention heads")
+        text = {"channels": "no channels", "hidden": "no inner width of a perceptron",
+                "embedding": "no channels of a residual stream"}.get(what, "no attention heads")
         raise _error(
             "FXC0342", f"what is selected has {text} to remove", site,
             [f"selected: {len(site.nodes)} operators of kind {', '.join(kinds[:6])}"],
@@ -82,14 +86,18 @@ def _wanted(coupling: Coupling, layers: list[Layer], what: str, site: Site) -> M
 
 def _hidden(coupling: Coupling, layers: list[Layer]) -> Mask:
     """Channels made by linear layers (or convolutions), no heads, that one such layer reads and nothing else."""
+    def is_linear(node: fx.Node) -> bool:
+        products = kind_of(node) in ("addmm", "matmul") and any(i.op == "get_attr" for i in node.all_input_nodes)
+        return products or kind_of(node) in ("linear", "conv1d", "conv2d", "conv3d")
+
     readers = np.zeros(coupling.count, dtype=np.int64)
     for entry in coupling.flow.consumed:
-        linear = kind_of(entry.node) in ("linear", "conv1d", "conv2d", "conv3d")
+        linear = is_linear(entry.node)
         components = np.unique(coupling.of(entry.labels))
         readers[components[components >= 0]] += 1 if linear else 2
     makers = np.ones(coupling.count, dtype=np.bool_)
     for layer in layers:
-        if kind_of(layer.node) not in ("linear", "conv1d", "conv2d", "conv3d"):
+        if not is_linear(layer.node):
             makers[layer.components[layer.components >= 0]] = False
     hidden: Mask = (readers == 1) & makers & ~coupling.heads & ~coupling.inexact
     return hidden
@@ -154,7 +162,7 @@ def _nothing(settings: Remove, coupling: Coupling, layers: list[Layer], wanted: 
     small = not (wanted & coupling.barred).any()
     return _error("FXC0340", f"nothing can be removed from {site.selection or 'what is selected'}", site,
                   list(dict.fromkeys(reasons + notes))[:8],
-                  "ask for a larger `ratio`, or a smaller `align` or `min_channels`" if small
+                  "ask for a larger `ratio` or `max_ratio`, or a smaller `align` or `min_channels`" if small
                   else "select layers inside the model, whose channels other layers read")
 
 
@@ -194,7 +202,7 @@ def _carried_out(settings: Remove, captured: Captured, coupling: Coupling, layer
     unknown: tuple[str, ...] = ()
     if not captured.concrete:
         unknown = ("which channels leave",)
-        if settings.scope == "global":
+        if settings.scope != "local":
             unknown = ("which channels leave, and how many of each layer",)
             shown = [Change(c.path, c.kind, c.what, c.before, UNKNOWN_WEIGHTS, c.why) for c in shown]
     return Outcome(tuple(shown), tuple(notes), unknown, resized=removal.resized)

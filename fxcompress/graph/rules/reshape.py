@@ -141,6 +141,8 @@ def _choose(flow: Flow, labels: np.ndarray[Any, np.dtype[np.int64]], sizes: list
     last = len(sizes) - 1
     if not feeds_attention(flow.node):
         return _turned(flow, last, last - 1)
+    if shape_of(flow.node)[-2:] == (1, sizes[last]):  # one head: only its width can shrink
+        return last
     packed = last > 1 and sizes[last - 1] in (2, 3) and sizes[last - 2] > 3  # (heads, 3, width), else (3, heads, width)
     heads = last - 2 if packed else last - 1
     chosen = heads if flow.split == "heads" else last
