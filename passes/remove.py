@@ -26,6 +26,7 @@ class Remove(Pass):
         "heads": "whole heads of attentions",
         "head_dim": "the same places in every head of an attention",
         "hidden": "the inner width of perceptrons: channels that one linear layer reads and nothing else",
+        "embedding": "the residual stream: channels that adds `x + f(x)` carry from block to block",
     }
 
     ratio: float = param(Percent(), "share of the selected channels to remove")
