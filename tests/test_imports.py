@@ -6,6 +6,7 @@ Imports inside functions, under TYPE_CHECKING and by `import_module("...")` coun
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -145,6 +146,14 @@ def test_an_arrow_back_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FILES, "fxcompress.graph.toy", ROOT / "fxcompress/graph/toy.py")
     assert [text.partition(": ")[2] for text in arrows_back("fxcompress.graph.toy")] == [
         "graph imports fxcompress.plan (plan)", "graph imports fxcompress.cli (cli)"]
+
+
+def test_the_table_of_the_design_has_this_order() -> None:
+    text = (ROOT / "docs/design.md").read_text(encoding="utf-8").split("| layer |")[1].split("\n\n")[0]
+    cells = [row.split("|")[1] for row in text.splitlines()[2:]]
+    rows = [{name.removesuffix(".py").rstrip("/") for name in re.findall(r"`(.*?)`", cell)} for cell in cells]
+    layers = [{layer_of(f"fxcompress.{name}") for name in row} for row in rows]
+    assert layers == [{layer} for layer in ORDER if layer != "api"]
 
 
 def test_no_verb_imports_another() -> None:
