@@ -154,7 +154,7 @@ def chains(name: str) -> set[str]:
 
 
 @pytest.mark.parametrize(("name", "act"), [("resnet18", "relu"), ("shufflenet_v2_x0_5", "relu"),
-                                           ("mobilenet_v2", "(relu6 | hardtanh)")])
+                                           ("mobilenet_v2", "relu6")])
 def test_dataflow_is_what_a_plain_trace_shows(name: str, act: str) -> None:
     assert set(paths(name, f"conv2d >> batchnorm2d >> {act}")) == chains(name) != set()
 

@@ -66,6 +66,13 @@ def _div(rec: Recorder, source: Source, values: Values) -> Values | Done:
     return values
 
 
+def _hardtanh(rec: Recorder, source: Source, values: Values) -> Values | Done:
+    """`nn.ReLU6` is a `hardtanh` from 0 to 6 inside."""
+    if (values["min_val"], values["max_val"]) == (0, 6):
+        return Done(rec.call("relu6", values["input"]))
+    return values
+
+
 def _swapped(rec: Recorder, source: Source, values: Values) -> Values:
     if _last(source).startswith("__r"):
         first, second = list(values)[:2]
@@ -274,8 +281,9 @@ _SWAPPED = ("mul", "pow", "floor_divide", "remainder", "matmul", "and", "or", "x
 _CREATED = ("zeros", "ones", "empty", "rand", "randn", "new_zeros", "new_ones", "new_empty", "full", "new_full",
             "linspace", "eye", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like")
 CONVERTERS: Mapping[str, Converter] = {
-    "add": _sum, "sub": _sum, "div": _div, "reshape": _reshape, "expand": _expand, "to": _to, "clone": _same_value,
-    "contiguous": _contiguous, "var": _variance, "std": _variance, "var_mean": _variance, "std_mean": _variance,
+    "add": _sum, "sub": _sum, "div": _div, "hardtanh": _hardtanh, "reshape": _reshape, "expand": _expand, "to": _to,
+    "clone": _same_value, "contiguous": _contiguous, "var": _variance, "std": _variance,
+    "var_mean": _variance, "std_mean": _variance,
     "max": _extremum, "min": _extremum, "transpose": _transpose, "getitem": _getitem, "split": _split,
     "interpolate": _interpolate, "bernoulli": _bernoulli, "einsum": _einsum, "pad": _pad, "embedding": _embedding,
     "softmax": _softmax, "log_softmax": _softmax, "scaled_dot_product_attention": _attention, "arange": _arange,
