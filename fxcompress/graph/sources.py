@@ -75,7 +75,8 @@ def sources() -> Mapping[Callable[..., Any], Source]:
     found: dict[Callable[..., Any], Source] = {}
     for op in TABLE:
         found.setdefault(op.target, Source(op.name, op, op.params, False))
-        for text in sorted(op.sources, key=lambda text: "(" not in text):  # one with a signature of its own comes first
+        # An ATen overload with a signature of its own comes before the `*name` that would claim it.
+        for text in sorted(op.sources, key=lambda text: not (text.startswith("aten.") and "(" in text)):
             name, bracket, signature = text.partition("(")
             params = parse_signature(signature.removesuffix(")")) if bracket else None
             for short, target in _targets(name):
