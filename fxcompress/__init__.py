@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .passbase import Pass as Pass
     from .passbase import param as param
     from .passbase import register_verb as register_verb
+    from .passes.shared.criteria import register_criterion as register_criterion
     from .passes.shared.scores import register_score as register_score
     from .plan import Plan as Plan
     from .plan import plan as plan
@@ -49,6 +50,7 @@ _HOMES = {
     "diagnostics": ("ArtifactError", "CaptureError", "Diagnostic", "FxcError", "PlanError", "PolicyError",
                     "RewriteError"),
     "passbase": ("Pass", "param", "register_verb"),
+    "passes.shared.criteria": ("register_criterion",),
     "passes.shared.scores": ("register_score",),
     "graph": ("Captured", "capture"),
     "plan": ("Plan",),

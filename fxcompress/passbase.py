@@ -6,7 +6,7 @@ module keeps torch out of its top level and imports its rewrite inside `rewrite`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from enum import StrEnum
 from functools import cached_property
@@ -165,15 +165,15 @@ VERBS: Registry[type[Pass]] = Registry(
     {"mask": "fxcompress.passes.mask:Mask", "remove": "fxcompress.passes.remove:Remove"},
 )
 
-ScoreFunction = Callable[..., Any]  # of a `passes.shared.criteria.Scoring`: one score a component
 SCORES: Registry[Any] = Registry(  # `fxcompress.passes.shared.scores.Score`, or a function of the weight alone
     "score", "fxcompress.scores",
     {name: f"fxcompress.passes.shared.scores:{name.upper()}"
      for name in ("magnitude", "l2", "random", "gradient", "movement")},
 )
-CRITERIA: Registry[ScoreFunction] = Registry(
+CRITERIA: Registry[Any] = Registry(  # `fxcompress.passes.shared.criteria.Criterion`, or a function of a `Scoring`
     "criterion", "fxcompress.criteria",
-    {name: f"fxcompress.passes.shared.criteria:{name}" for name in ("l1", "l2", "random", "bn_scale")},
+    {name: f"fxcompress.passes.shared.criteria:{name.upper()}"
+     for name in ("l1", "l2", "random", "bn_scale", "taylor", "hessian", "lamp", "fpgm")},
 )
 
 

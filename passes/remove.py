@@ -32,17 +32,23 @@ class Remove(Pass):
     ratio: float = param(Percent(), "share of the selected channels to remove")
     by: str = param(Registered("CRITERIA"), "what the least important channels are least in", "l2")
     align: int = param(Integer(low=1), "round the channels left in a layer to the nearest multiple of this", 1)
-    scope: str = param(Choice(("local", "global")), "rank within each group of coupled layers, or over all of them",
-                       "local")
+    scope: str = param(Choice(("local", "global", "isomorphic")), "rank within each group of coupled layers, or over "
+                       "all of them, or over those of one structure", "local")
+    reduce: str = param(Choice(("mean", "sum", "max", "first")), "what the layers that lose a channel together make of "
+                        "its scores in each of them", "mean")
+    normalize: str = param(Choice(("auto", "none", "mean", "max", "standard")), "make scores of groups that are ranked "
+                           "together comparable: divided by the group's mean or largest, or standardised; `auto` takes "
+                           "the mean, and none for criteria that compare as they are", "auto")
     couple: str = param(Choice(("extend", "skip", "error")),
                         "what to do with layers that are tied to selected ones and not selected themselves", "extend")
     min_channels: int = param(Integer(low=1), "leave at least this many channels in every layer", 1)
+    max_ratio: float = param(Percent(), "remove at most this share of any group of coupled channels", 1.0)
     exact: bool = param(Boolean(), "refuse where a normalisation over the removed dimension makes it inexact", False)
     verify: str = param(Choice(("on", "off")), "prove the result equal to the model with those channels zeroed", "on")
     seed: int = param(Integer(low=0), "seed of `by = random`", 0)
 
     def rewrite(self, graph: Captured, site: Site) -> Outcome:
-        """Remove from the layers of `site`. Raises PlanError (FXC0304, FXC0340 to FXC0343) where that can't be done,
+        """Remove from the layers of `site`. Raises PlanError (FXC0304, FXC0340 to FXC0344) where that can't be done,
         and RewriteError (FXC0541) where the result would be wrong; then `graph` is as it was."""
         from fxcompress.passes.shared.removing import remove
 

@@ -7,7 +7,7 @@ outputs, or an operator without a rule: then it can't be removed, and `barrier` 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -119,13 +119,33 @@ class Coupling:
     @cached_property
     def signature(self) -> npt.NDArray[np.uint64]:
         """A number for each component, equal for those that take the same share of the same dimensions: removing one or
-        another of them leaves tensors of the same shapes. Sums of random 64-bit numbers, one a dimension."""
+        another of them leaves tensors of the same shapes."""
+        return self._hashed(lambda part: (part.name, part.dim))
+
+    @cached_property
+    def structure(self) -> npt.NDArray[np.uint64]:
+        """A number for each component, equal for those that take as much of the same dimensions of the same parameters
+        of modules of the same classes, wherever these are: of isomorphic substructures (Fang et al., "Isomorphic
+        Pruning for Vision Models", 2024)."""
+        root = self.captured.module
+
+        def place(part: Slice) -> tuple[object, ...]:
+            holder, _, name = part.name.rpartition(".")
+            return type(root.get_submodule(holder)), name, part.dim
+
+        return self._hashed(place)
+
+    def _hashed(self, key: Callable[[Slice], object]) -> npt.NDArray[np.uint64]:
+        """For each component the sum, over what it takes, of random 64-bit numbers, one a `key`."""
         generator = np.random.default_rng(0)
-        signature = np.zeros(self.count, dtype=np.uint64)
+        numbers: dict[object, np.uint64] = {}
+        total = np.zeros(self.count, dtype=np.uint64)
         for part in self.slices:
-            number = generator.integers(1, 2**63, dtype=np.uint64)
-            np.add.at(signature, part.components[part.components >= 0], number)
-        return signature
+            place = key(part)
+            if place not in numbers:
+                numbers[place] = generator.integers(1, 2**63, dtype=np.uint64)
+            np.add.at(total, part.components[part.components >= 0], numbers[place])
+        return total
 
     @cached_property
     def heads(self) -> Mask:
@@ -170,10 +190,6 @@ class Coupling:
         a, b, nodes = _edges(self.flow)
         order = np.argsort(self.component[a], kind="stable")
         return a[order], b[order], nodes[order], self.component[a[order]]
-
-
-def _edges(self) -> tuple[Labels, Labels, Labels]:
-        return _edges(self.flow)
 
 
 def _edges(flow: Flow) -> tuple[Labels, Labels, Labels]:

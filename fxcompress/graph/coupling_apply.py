@@ -49,8 +49,8 @@ ATTRIBUTES: tuple[tuple[type[nn.Module], Attributes], ...] = (
 def remove(coupling: Coupling, doomed: Mask) -> Removal:
     """Take the components `doomed` out of the model that `coupling` describes, in place.
 
-    Parameters keep their identity, `requires_grad` and memory format; gradients are dropped. Afterwards the graph's
-    facts are fresh, and `coupling` describes the model as it was.
+    Parameters keep their identity, `requires_grad` and memory format; gradients are cut as they are. Afterwards the
+    graph's facts are fresh, and `coupling` describes the model as it was.
     """
     captured = coupling.captured
     gone = doomed[coupling.component] if coupling.count else np.zeros(0, dtype=np.bool_)
@@ -79,19 +79,26 @@ def remove(coupling: Coupling, doomed: Mask) -> Removal:
 
 
 def shrink(tensor: Tensor, kept: list[tuple[int, Tensor]], concrete: bool) -> None:
-    """Keep the given indices of a tensor, in place. A fake one only changes its shape."""
-    data = tensor.data
-    if not concrete:
-        shape = list(data.shape)
-        for place, indices in kept:
-            shape[place] = len(indices)
-        tensor.data = data.new_empty(shape)
-    else:
-        last = data.dim() == 4 and data.is_contiguous(memory_format=torch.channels_last) and not data.is_contiguous()
-        for place, indices in kept:
-            data = data.index_select(place, indices.to(data.device))
-        tensor.data = data.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    """Keep the given indices of a tensor and of its gradient, in place. A fake one only changes its shape."""
+    cut, gradient = (_cut if concrete else _cut_fake), tensor.grad
     tensor.grad = None
+    tensor.data = cut(tensor.data, kept)
+    if gradient is not None:
+        tensor.grad = cut(gradient, kept)
+
+
+def _cut(data: Tensor, kept: list[tuple[int, Tensor]]) -> Tensor:
+    last = data.dim() == 4 and data.is_contiguous(memory_format=torch.channels_last) and not data.is_contiguous()
+    for place, indices in kept:
+        data = data.index_select(place, indices.to(data.device))
+    return data.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def _cut_fake(data: Tensor, kept: list[tuple[int, Tensor]]) -> Tensor:
+    shape = list(data.shape)
+    for place, indices in kept:
+        shape[place] = len(indices)
+    return data.new_empty(shape)
 
 
 def _describe(module: nn.Module, given: Mapping[str, object]) -> None:

@@ -1,17 +1,32 @@
 """Criteria: how important each removable component is. `by = NAME` looks one up in `passbase.CRITERIA`.
 
-A criterion takes a `Scoring` and gives one score a component, higher for what should stay.
+A criterion takes a `Scoring` and gives one score a component, higher for what should stay. Others add theirs with
+`register_criterion`. In the formulae w is a weight, g the gradient that its parameter holds, F the filter of an index:
+all the weights that belong to it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fxcompress.diagnostics import Diagnostic, PlanError
+from fxcompress.passbase import CRITERIA
+
+Update = Callable[[Tensor, Tensor, Tensor], Tensor]
+Need = Literal["weights", "gradient", "scales"]
+
+# The score so far, that of one more layer, the number of layers so far -> the score of a component.
+REDUCERS: Mapping[str, Update] = {
+    "mean": lambda old, new, seen: old + (new - old) / (seen + 1),
+    "sum": lambda old, new, seen: old + new,
+    "max": lambda old, new, seen: torch.where(seen > 0, torch.maximum(old, new), new),
+    "first": lambda old, new, seen: torch.where(seen > 0, old, new),
+}
 
 
 @dataclass(frozen=True)
@@ -28,34 +43,92 @@ class Part:
 
 @dataclass(frozen=True)
 class Scoring:
-    """What a criterion sees: the weights that make the components' channels, and their batch norms' scales."""
+    """What a criterion sees: the weights that make the components' channels, layer by layer in the order of the graph,
+    and the scales of the batch norms on them. `how` names the reducer over the layers of a component."""
 
     count: int
     weights: tuple[Part, ...]
     scales: tuple[Part, ...]
     generator: torch.Generator
+    how: str = "mean"
 
     def reduce(self, parts: tuple[Part, ...], energy: Callable[[Part], Tensor],
                finish: Callable[[Tensor], Tensor] = lambda total: total) -> Tensor:
-        """For each part, `energy` (one number an index) summed over the indices of a component and passed to `finish`;
-        then the mean over the parts that have the component. Components in no part score 0."""
-        total, seen = torch.zeros(self.count), torch.zeros(self.count)
+        """For each part, `energy` (one number an index) summed over the indices of a component; `finish` of these sums,
+        one for each component that the part has; then `how` over the parts that have the component. Components in no
+        part score 0. Takes time linear in the weights."""
+        total = torch.zeros(self.count, dtype=torch.float64)
+        seen = torch.zeros_like(total)
         for part in parts:
             inside = part.components >= 0
-            where = part.components[inside]
-            share = torch.zeros(self.count).index_add_(0, where, energy(part)[inside].detach().float().cpu())
-            total += finish(share)
-            seen += torch.bincount(where, minlength=self.count) > 0
-        return total / seen.clamp(min=1)
+            present, place = torch.unique(part.components[inside], return_inverse=True)
+            share = torch.zeros(len(present), dtype=torch.float64)
+            share.index_add_(0, place, energy(part).detach().double().cpu()[inside])
+            total[present] = REDUCERS[self.how](total[present], finish(share), seen[present])
+            seen[present] += 1
+        return total
+
+
+ScoreFunction = Callable[[Scoring], Tensor]
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """`function` scores what `needs` is there for. The scores of a `comparable` one mean the same in every layer, so a
+    ranking over several takes them as they are."""
+
+    function: ScoreFunction
+    needs: Need = "weights"
+    comparable: bool = False
+
+    def score(self, scoring: Scoring, name: str) -> Tensor:
+        """One score a component. Raises PlanError: FXC0343 where a layer lacks what is needed, FXC0344 where the
+        function gives anything but one finite number a component."""
+        if self.needs in _LACKING:
+            lacking, what, way_out = _LACKING[self.needs]
+            bare = sorted(lacking(scoring))
+            if bare:
+                raise PlanError([Diagnostic(
+                    "FXC0343", f"`by = {name}` needs {what} every layer that it ranks",
+                    notes=(f"without one: {', '.join(bare[:8])}{' ...' if len(bare) > 8 else ''}",), help=way_out)])
+        scores = torch.as_tensor(self.function(scoring)).detach()
+        if scores.shape != (scoring.count,) or not scores.isfinite().all():
+            found = (f"it gave a tensor of the shape {tuple(scores.shape)}" if scores.shape != (scoring.count,) else
+                     f"{int((~scores.isfinite()).sum())} of {scoring.count} scores are infinite or not numbers")
+            raise PlanError([Diagnostic(
+                "FXC0344", f"`by = {name}` must give one finite score a component", notes=(found,),
+                help="look for weights or gradients that aren't finite, or correct the criterion")])
+        return scores
+
+
+def _without_scale(scoring: Scoring) -> set[str]:
+    covered = torch.zeros(scoring.count, dtype=torch.bool)
+    for part in scoring.scales:
+        covered[part.components[part.components >= 0]] = True
+    return {part.layer for part in scoring.weights if not covered[part.components[part.components >= 0]].all()}
+
+
+def _without_gradient(scoring: Scoring) -> set[str]:
+    return {part.layer for part in scoring.weights if part.grad is None}
+
+
+# need -> (the layers that lack it, how it is called, the way out)
+_LACKING: Mapping[str, tuple[Callable[[Scoring], set[str]], str, str]] = {
+    "scales": (_without_scale, "a batch norm behind",
+               "leave these layers out of the selection, or rank by `l2`"),
+    "gradient": (_without_gradient, "a gradient on",
+                 "run a forward and a backward pass first and keep `.grad` on the parameters (frozen weights and "
+                 "weights that are computed from others have none), or rank by `l2`"),
+}
 
 
 def l1(scoring: Scoring) -> Tensor:
-    """Sum of absolute weights of a filter (Li et al., "Pruning Filters for Efficient ConvNets", 2017)."""
+    """sum over F of |w|: Li et al., "Pruning Filters for Efficient ConvNets", 2017."""
     return scoring.reduce(scoring.weights, lambda part: part.rows.abs().sum(1))
 
 
 def l2(scoring: Scoring) -> Tensor:
-    """Euclidean norm of a filter."""
+    """sqrt(sum over F of w²), the Euclidean norm of a filter: He et al., "Soft Filter Pruning", 2018."""
     return scoring.reduce(scoring.weights, lambda part: part.rows.square().sum(1), torch.sqrt)
 
 
@@ -65,16 +138,79 @@ def random(scoring: Scoring) -> Tensor:
 
 
 def bn_scale(scoring: Scoring) -> Tensor:
-    """Absolute scale of the batch norm behind a channel (Liu et al., "Network Slimming", 2017). Raises PlanError
-    (FXC0343) if a component has none."""
-    covered = torch.zeros(scoring.count, dtype=torch.bool)
-    for part in scoring.scales:
-        covered[part.components[part.components >= 0]] = True
-    if not covered.all():
-        bare = sorted({part.layer for part in scoring.weights
-                       if not covered[part.components[part.components >= 0]].all()})
-        raise PlanError([Diagnostic(
-            "FXC0343", "`by = bn_scale` needs a batch norm behind every layer that it ranks",
-            notes=(f"without one: {', '.join(bare[:8])}{' ...' if len(bare) > 8 else ''}",),
-            help="leave these layers out of the selection, or rank by `l2`")])
+    """|γ|, γ the scale of the batch norm behind a channel: Liu et al., "Network Slimming", 2017."""
     return scoring.reduce(scoring.scales, lambda part: part.rows.abs().sum(1))
+
+
+def taylor(scoring: Scoring) -> Tensor:
+    """sum over F of |w g|, the change of the loss to first order when the weights go: Molchanov et al., "Importance
+    Estimation for Neural Network Pruning", 2019, with absolute values in the place of its squares."""
+    return scoring.reduce(scoring.weights, lambda part: (part.rows * _gradient(part)).abs().sum(1))
+
+
+def hessian(scoring: Scoring) -> Tensor:
+    """sum over F of h w² / 2, the change of the loss to second order at a minimum, the Hessian taken as diagonal:
+    LeCun, Denker and Solla, "Optimal Brain Damage", 1990. h is taken as g², the diagonal of the
+    empirical Fisher matrix (of the gradient that the parameter holds: of a mean over a batch, not of each sample)."""
+    return scoring.reduce(scoring.weights, lambda part: (part.rows * _gradient(part)).square().sum(1) / 2)
+
+
+def lamp(scoring: Scoring) -> Tensor:
+    """e / (sum of all e' of the layer that are not smaller), e the sum over F of w²: Lee et al., "Layer-adaptive
+    Sparsity for the Magnitude-based Pruning", 2021, with filters in the place of weights. The largest of each layer
+    scores 1. Of equal ones the first has the smaller score, as in the paper."""
+    def share(energy: Tensor) -> Tensor:
+        ordered, order = energy.sort(stable=True)
+        left = ordered.flip(0).cumsum(0).flip(0)
+        return torch.empty_like(energy).index_put_((order,), ordered / left.clamp(min=torch.finfo(left.dtype).tiny))
+
+    return scoring.reduce(scoring.weights, lambda part: part.rows.square().sum(1), share)
+
+
+def fpgm(scoring: Scoring) -> Tensor:
+    """sum over the filters F' of the layer of ‖F − F'‖₂: the filters near the geometric median of the layer can be
+    replaced by the others. He et al., "Filter Pruning via Geometric Median", 2019."""
+    return scoring.reduce(scoring.weights, lambda part: torch.cdist(part.rows, part.rows).sum(1))
+
+
+def _gradient(part: Part) -> Tensor:
+    assert part.grad is not None, "a criterion is asked only where its needs are met"
+    return part.grad
+
+
+L1 = Criterion(l1)
+L2 = Criterion(l2)
+RANDOM = Criterion(random, comparable=True)
+BN_SCALE = Criterion(bn_scale, needs="scales", comparable=True)
+TAYLOR = Criterion(taylor, needs="gradient", comparable=True)
+HESSIAN = Criterion(hessian, needs="gradient", comparable=True)
+LAMP = Criterion(lamp, comparable=True)
+FPGM = Criterion(fpgm)
+
+
+def register_criterion(name: str, needs: Need = "weights",
+                       comparable: bool = False) -> Callable[[ScoreFunction], ScoreFunction]:
+    """Decorator: make a function a value of `by` of `remove` for this process. Packages use the entry point
+    `fxcompress.criteria`.
+
+    The function takes a `Scoring` and gives one finite score a component, higher for what should stay; `Scoring.reduce`
+    gathers it layer by layer. With `needs="gradient"` every part of `scoring.weights` has its `grad`, with
+    `needs="scales"` every component is in a part of `scoring.scales`. Scores that are not `comparable` are divided by
+    the mean of their group where groups are ranked together (`normalize = auto`).
+
+        @register_criterion("largest")
+        def largest(scoring: Scoring) -> Tensor:
+            return scoring.reduce(scoring.weights, lambda part: part.rows.abs().amax(1))
+    """
+
+    def add(function: ScoreFunction) -> ScoreFunction:
+        CRITERIA.register(name, Criterion(function, needs, comparable))
+        return function
+
+    return add
+
+
+def criterion_of(name: str) -> Criterion:
+    """The criterion a policy names; a bare function (of an entry point) sees weights alone. Raises KeyError."""
+    found = CRITERIA[name]
+    return found if isinstance(found, Criterion) else Criterion(found)

@@ -105,6 +105,14 @@ class Groups:
         return np.split(order, np.cumsum(counts)[:-1]) if len(counts) else []
 
     @cached_property
+    def structures(self) -> list[list[int]]:
+        """The groups, by number, those of one structure together; in order of their first group."""
+        found: dict[int, list[int]] = {}
+        for group, members in enumerate(self.members):
+            found.setdefault(int(self.coupling.structure[members[0]]), []).append(group)
+        return list(found.values())
+
+    @cached_property
     def shares(self) -> list[dict[int, int]]:
         """For each layer its groups, and how many of its channels one component of the group takes."""
         shares: list[dict[int, int]] = []

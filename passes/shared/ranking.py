@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fxcompress.graph.coupling import Mask
+from fxcompress.passes.shared.criteria import criterion_of
 from fxcompress.passes.shared.layers import Groups, Ints, Layer
 
 if TYPE_CHECKING:
@@ -16,6 +18,20 @@ if TYPE_CHECKING:
 
 Scores = npt.NDArray[np.float64]
 _ROUNDS = 8  # of the descent; it settles in a few
+_SLACK = 1e-9  # 0.3 * 10 is 3, whatever floating point says
+
+
+def _over(scores: Scores, unit: float) -> Scores:
+    return scores / (unit or 1.0)
+
+
+# The scores of one group -> scores that compare with those of other groups.
+NORMALIZERS: Mapping[str, Callable[[Scores], Scores]] = {
+    "none": lambda scores: scores,
+    "mean": lambda scores: _over(scores, float(np.abs(scores).mean())),
+    "max": lambda scores: _over(scores, float(np.abs(scores).max())),
+    "standard": lambda scores: _over(scores - scores.mean(), float(scores.std())),
+}
 
 
 @dataclass
@@ -34,7 +50,7 @@ class Ranking:
 
     def choose(self) -> Mask:
         """The components to remove, so that every layer keeps a channel, `min_channels`, and a multiple of `align`."""
-        keep = self._global() if self.settings.scope == "global" else self._local()
+        keep = self._local() if self.settings.scope == "local" else self._together()
         for cluster, layers in zip(self.groups.clusters, self.groups.in_cluster, strict=True):
             if len(cluster) == 1:
                 keep[cluster[0]] = self._aligned(cluster[0], layers, keep[cluster[0]])
@@ -47,7 +63,8 @@ class Ranking:
     def _local(self) -> list[int]:
         """How many of each group stay: the same share everywhere, rounded so that every layer comes near its share."""
         sizes = [len(members) for members in self.groups.members]
-        leaving = [int(np.floor(size * self.settings.ratio + 0.5)) for size in sizes]
+        leaving = [min(self._cap(group), int(np.floor(size * self.settings.ratio + 0.5)))
+                   for group, size in enumerate(sizes)]
         for cluster, layers in zip(self.groups.clusters, self.groups.in_cluster, strict=True):
             if len(cluster) > 1:
                 self._balance(cluster, layers, sizes, leaving)
@@ -70,36 +87,55 @@ class Ranking:
             for group in cluster:
                 slope = sum(missing[number] * each for number, each in parts[group])
                 best = leaving[group] - slope / (sum(each * each for _, each in parts[group]) or 1.0)
-                step = min(sizes[group], max(0, int(np.floor(best + 0.5)))) - leaving[group]
+                step = min(self._cap(group), max(0, int(np.floor(best + 0.5)))) - leaving[group]
                 leaving[group] += step
                 for number, each in parts[group]:
                     missing[number] += step * each
 
-    def _global(self) -> list[int]:
-        """One ranking over all groups. Scores are divided by their group's mean, so that layers of different scale
-        compare; a component counts as many times as it takes channels of selected layers."""
-        members = np.concatenate(self.groups.members)
+    def _together(self) -> list[int]:
+        """How many of each group stay where groups are ranked together: the ratio holds over all of them, or over all
+        of one structure. A component counts as many times as it takes channels of selected layers."""
         scores, weights = np.zeros(len(self.scores)), np.zeros(len(self.scores))
         taken = [0] * len(self.groups.members)
         for share, layer in zip(self.groups.shares, self.groups.layers, strict=True):
             for group, each in share.items():
                 taken[group] += each * layer.selected
+        normalize = NORMALIZERS[self._normalizer()]
         for group, inside in enumerate(self.groups.members):
-            mean = float(np.abs(self.scores[inside]).mean())
-            scores[inside] = self.scores[inside] / (mean or 1.0)
+            scores[inside] = normalize(self.scores[inside])
             weights[inside] = taken[group]
-        order = members[np.argsort(scores[members], kind="stable")]
-        total = np.cumsum(weights[order])
-        leaving = order[: int(np.searchsorted(total, self.settings.ratio * total[-1] + 1e-9, side="right"))]
-        out = np.bincount(self.groups.of[leaving], minlength=len(self.groups.members))
-        return [len(inside) - int(left) for inside, left in zip(self.groups.members, out, strict=True)]
+        kinds = self.groups.structures if self.settings.scope == "isomorphic" else [list(range(len(taken)))]
+        keep = [len(inside) for inside in self.groups.members]
+        for kind in kinds:
+            members = np.concatenate([self._removable(group) for group in kind])
+            owed = self.settings.ratio * sum(float(weights[self.groups.members[group]].sum()) for group in kind)
+            order = members[np.argsort(scores[members], kind="stable")]
+            leaving = order[: int(np.searchsorted(np.cumsum(weights[order]), owed + _SLACK, side="right"))]
+            for group, count in zip(*np.unique(self.groups.of[leaving], return_counts=True), strict=True):
+                keep[group] -= int(count)
+        return keep
+
+    def _normalizer(self) -> str:
+        if self.settings.normalize != "auto":
+            return self.settings.normalize
+        concrete = self.groups.coupling.captured.concrete  # a skeleton's scores are numbers of components
+        return "none" if concrete and criterion_of(self.settings.by).comparable else "mean"
+
+    def _cap(self, group: int) -> int:
+        """How many of a group may leave."""
+        return int(self.settings.max_ratio * len(self.groups.members[group]) + _SLACK)
+
+    def _removable(self, group: int) -> Ints:
+        """The least important of a group, as many as may leave."""
+        inside = self.groups.members[group]
+        return inside[np.argsort(self.scores[inside], kind="stable")][: self._cap(group)]
 
     def _aligned(self, group: int, layers: list[int], wanted: int) -> int:
         """The number to keep nearest to `wanted` with which every layer of a group that stands alone keeps enough
         channels, and a multiple of `align`; the larger of two as near."""
         size = len(self.groups.members[group])
-        options = np.arange(1, size + 1)
-        valid = np.ones(size, dtype=np.bool_)
+        options = np.arange(max(1, size - self._cap(group)), size + 1)
+        valid = np.ones(len(options), dtype=np.bool_)
         for number in layers:
             layer, each = self.groups.layers[number], self.groups.shares[number][group]
             left = len(layer.components) - each * (size - options)
@@ -108,7 +144,8 @@ class Ranking:
         if not valid.any():
             if self.settings.align > 1:
                 path = self.groups.layers[layers[0]].path
-                self.notes.append(f"{path} stays as it is: no number of its channels is a multiple of "
+                capped = " within max_ratio" if self.settings.max_ratio < 1 else ""
+                self.notes.append(f"{path} stays as it is: no number of its channels{capped} is a multiple of "
                                   f"{self.settings.align}")
             return size
         return int(options[valid][np.argmin(np.abs(options[valid] - wanted) - 1e-6 * options[valid])])

@@ -68,7 +68,7 @@ def _names(paths: list[str]) -> str:
 def shortfalls(settings: Remove, coupling: Coupling, layers: list[Layer], wanted: Mask, doomed: Mask) -> list[str]:
     """The barriers met, and each selected layer of which less left than asked for, by more than rounding."""
     notes = blocked(coupling, layers, wanted)
-    if settings.scope == "global":
+    if settings.scope != "local":
         return notes
     for layer in layers:
         inside = layer.components[layer.components >= 0]
@@ -90,6 +90,8 @@ def _limits(settings: Remove) -> list[str]:
         limits.append(f"align = {settings.align}")
     if settings.min_channels > 1:
         limits.append(f"min_channels = {settings.min_channels}")
+    if settings.max_ratio < settings.ratio:
+        limits.append(f"max_ratio = {settings.max_ratio:.0%}")
     if settings.couple == "skip":
         limits.append("couple = skip")
     return limits

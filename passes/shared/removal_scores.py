@@ -10,8 +10,7 @@ from torch import Tensor, fx, nn
 
 from fxcompress.graph.coupling import Coupling, Mask
 from fxcompress.graph.ops import arguments, kind_of
-from fxcompress.passbase import CRITERIA
-from fxcompress.passes.shared.criteria import Part, Scoring
+from fxcompress.passes.shared.criteria import Part, Scoring, criterion_of
 from fxcompress.passes.shared.layers import Ints, Layer
 from fxcompress.passes.shared.ranking import Scores
 
@@ -31,9 +30,9 @@ def scores_of(settings: Remove, coupling: Coupling, layers: list[Layer], candida
     generator = torch.Generator().manual_seed(settings.seed)
     weights = tuple(_parts(coupling, layers, numbers))
     scales = tuple(_scales(coupling, numbers))
-    scores = CRITERIA[settings.by](Scoring(len(chosen), weights, scales, generator))
+    scoring = Scoring(len(chosen), weights, scales, generator, settings.reduce)
     result = np.full(coupling.count, np.inf)
-    result[chosen] = torch.as_tensor(scores).detach().double().cpu().numpy()
+    result[chosen] = criterion_of(settings.by).score(scoring, settings.by).double().cpu().numpy()
     return result
 
 
@@ -83,10 +82,17 @@ def _evaluated(root: nn.Module, node: fx.Node) -> Any:
 
 def _part(path: str, tensor: Tensor, dim: int, where: Ints, value: Tensor | None = None) -> Part:
     def rows(value: Tensor) -> Tensor:
-        return value.detach().movedim(dim, 0).reshape(value.shape[dim], -1)
+        precise = torch.promote_types(value.dtype, torch.float32)  # squares of half floats overflow
+        return value.detach().to(precise).movedim(dim, 0).reshape(value.shape[dim], -1)
 
-    grad = None if tensor.grad is None else rows(tensor.grad)
-    return Part(path, rows(tensor if value is None else value), torch.from_numpy(where), grad)
+    value = tensor if value is None else value
+    grad = rows(tensor.grad) if tensor.grad is not None and _same_where_kept(value, tensor) else None
+    return Part(path, rows(value), torch.from_numpy(where), grad)
+
+
+def _same_where_kept(value: Tensor, tensor: Tensor) -> bool:
+    """Whether `value` is `tensor`, perhaps with some weights zeroed: then the gradient of one is that of the other."""
+    return value is tensor or bool(((value == tensor) | (value == 0)).all())
 
 
 def _scales(coupling: Coupling, numbers: Ints) -> list[Part]:
