@@ -173,6 +173,16 @@ def _random(m: Any, x: Tensor) -> Tensor:
     return y * keep + torch.randn_like(y) + torch.rand(x.shape[-1], device=x.device)
 
 
+def _functional(m: Any, x: Tensor) -> Tensor:
+    y = F.embedding((x.abs() * 2).long().clamp(max=3)[:, 0], m.e.weight, padding_idx=0)
+    a, b, c = y.tensor_split(3, dim=-1)
+    d, e = y.split_with_sizes([2, 1], -1)
+    z = F.elu(y, 0.5) + F.layer_norm(y, (3,), m.e.weight[0]) + torch.cat([a, b, c], -1) + torch.cat([d, e], dim=-1)
+    w = m.e.weight
+    z = z + z.mT.mH.swapaxes(axis0=1, axis1=2).swapdims(1, 2).adjoint().mT + (z.flatten(0, 2).T.H.t().t()).mean()
+    return torch.einsum("bhwc,vc->bhwv", z, w) + F.linear(z, w)
+
+
 FORMS: dict[str, tuple[Any, dict[str, Any]]] = {
     "aliased residual": (_aliased_residual, {"c": conv}),
     "written slice": (_written_slice, {"c": conv}),
@@ -188,6 +198,7 @@ FORMS: dict[str, tuple[Any, dict[str, Any]]] = {
     "numbers": (_numbers, {"c": conv}),
     "random": (_random, {"c": conv}),
     "checkpoint": (lambda m, x: torch.utils.checkpoint.checkpoint(m.c, x, use_reentrant=False) + x[:, :1], {"c": conv}),
+    "functional": (_functional, {"e": lambda: nn.Embedding(4, 3)}),
     "group norm": (lambda m, x: m.n(m.c(x)), {"c": conv, "n": lambda: nn.GroupNorm(2, 4)}),
     "instance norm": (lambda m, x: m.n(m.c(x)), {"c": conv, "n": lambda: nn.InstanceNorm2d(4, affine=True)}),
     "transposed": (lambda m, x: m.t(m.c(x)), {"c": conv, "t": lambda: nn.ConvTranspose2d(4, 2, 2, 2)}),
@@ -208,6 +219,7 @@ def test_form(form: str, way: str) -> None:
     model = Net(function, **{name: make() for name, make in modules.items()})
     captured = capture(model, (torch.randn(2, 3, 8, 8),), way)  # type: ignore[arg-type]
     assert captured.way == way and not captured.fixed_batch and not captured.notes
+    assert not [kind for node in captured.graph.nodes if "." in (kind := kind_of(node))], "no canonical name"
     assert_same(model, captured, torch.randn(3, 3, 8, 8))
     captured.refresh()
     assert_same(model, captured, torch.randn(5, 3, 8, 8))

@@ -62,7 +62,7 @@ def _div(rec: Recorder, source: Source, values: Values) -> Values | Done:
     if mode == "floor" and whole:  # of floats, `floor_divide` has no gradient
         return Done(rec.call("floor_divide", values["input"], values["other"]))
     if mode is not None:
-        raise NoCanonicalFormError
+        return Done(rec.call("div_rounding", values["input"], values["other"], rounding_mode=mode))
     return values
 
 
@@ -147,18 +147,27 @@ def _variance(rec: Recorder, source: Source, values: Values) -> Values:
 
 
 def _extremum(rec: Recorder, source: Source, values: Values) -> Values | Done:
-    if isinstance(values.get("dim"), Tensor):
-        return Done(rec.call({"max": "maximum", "min": "minimum"}[source.op.name], values["input"], values["dim"]))
+    other = values.get("other", values.get("dim"))
+    if isinstance(other, Tensor):
+        return Done(rec.call({"max": "maximum", "min": "minimum"}[source.op.name], values["input"], other))
     return values
 
 
 def _transpose(rec: Recorder, source: Source, values: Values) -> Values | Done:
+    """`t`, `numpy_T` (all dimensions the other way round), `mT` and `adjoint` (the last two; conjugated, if
+    complex)."""
     if "dim0" in values:
         return values
-    rank = values["input"].dim()
-    if _last(source) == "t" and rank < 2:
-        return Done(values["input"])
-    return {"input": values["input"], "dim0": 0, "dim1": 1} if rank == 2 else {**values, "dim0": -2, "dim1": -1}
+    name, x = _last(source), values["input"]
+    if name in ("adjoint", "mH", "matrix_H") and rec.dtype_of(x).is_complex:
+        raise NoCanonicalFormError
+    if x.dim() < 2:
+        return Done(x)
+    if x.dim() == 2:
+        return {"input": x, "dim0": 0, "dim1": 1}
+    if name == "numpy_T":
+        return Done(rec.call("permute", x, tuple(reversed(range(x.dim())))))
+    return {"input": x, "dim0": -2, "dim1": -1}
 
 
 def _getitem(rec: Recorder, source: Source, values: Values) -> Values | Done:

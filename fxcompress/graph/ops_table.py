@@ -68,6 +68,7 @@ def _binary() -> None:
     add("elementwise", "mul", operator.mul, "input, other", *_operators("mul"), "*multiply")
     add("elementwise", "div", operator.truediv, "input, other", *_operators("truediv"), "*true_divide", "*divide",
         ".__rdiv__")
+    add("elementwise", "div_rounding", torch.div, "input, other, /, rounding_mode=None")
     add("elementwise", "floor_divide", operator.floordiv, "input, other", *_operators("floordiv"))
     add("elementwise", "remainder", operator.mod, "input, other", *_operators("mod"))
     add("elementwise", "pow", operator.pow, "input, exponent", *_operators("pow"), "*float_power")
@@ -151,9 +152,8 @@ def _shapes() -> None:
     add("shape", "flatten", torch.flatten, "input, start_dim=0, end_dim=-1", "*ravel")
     add("shape", "unflatten", torch.unflatten, "input, dim, sizes", ".unflatten")
     add("shape", "permute", torch.permute, "input, *dims")
-    add("shape", "transpose", torch.transpose, "input, dim0, dim1", "*swapaxes", "*swapdims", "*t", "*adjoint",
-        "*numpy_T",
-        "*matrix_H")
+    add("shape", "transpose", torch.transpose, "input, dim0, dim1", "*swapaxes", "*swapdims", "*t(input)",
+        "*adjoint(input)", "*mT(input)", "*mH(input)", "*matrix_H(input)", "*numpy_T(input)")
     add("shape", "movedim", torch.movedim, "input, source, destination", "*moveaxis")
     add("shape", "squeeze", torch.squeeze, "input, dim=None")
     add("shape", "unsqueeze", torch.unsqueeze, "input, dim")
@@ -162,9 +162,7 @@ def _shapes() -> None:
     add("shape", "tile", torch.tile, "input, *dims")
     add("shape", "repeat_interleave", torch.repeat_interleave, "input, repeats, dim=None, /, output_size=None")
     add("shape", "chunk", torch.chunk, "input, chunks, dim=0")
-    add("shape", "split", torch.split, "tensor, split_size_or_sections, dim=0",
-        "*split(tensor, split_size_or_sections, dim=0, split_size=None)", "*split_with_sizes",
-        "*tensor_split(tensor, split_size_or_sections, dim=0)")
+    add("shape", "split", torch.split, "tensor, split_size_or_sections, dim=0", "*split_with_sizes", "*tensor_split")
     add("shape", "unbind", torch.unbind, "input, dim=0")
     add("shape", "narrow", torch.narrow, "input, dim, start, length")
     add("shape", "roll", torch.roll, "input, shifts, dims=None")

@@ -25,7 +25,7 @@ _DROPPED: Mapping[str, tuple[object, ...] | None] = {
 _SYNONYMS = {"axis": "dim", "keepdims": "keepdim", "train": "training", "split_size": "split_size_or_sections",
              "split_sizes": "split_size_or_sections", "indices_or_sections": "split_size_or_sections",
              "sections": "split_size_or_sections", "indices": "split_size_or_sections", "unbiased": "correction",
-             "ndim": "dim"}
+             "ndim": "dim", "axis0": "dim0", "axis1": "dim1"}
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Source:
 # Arguments of sources beyond the canonical ones, which `convert.py` resolves.
 EXTRAS: Mapping[str, set[str]] = {
     "add": {"alpha"}, "sub": {"alpha"}, "div": {"rounding_mode"}, "getitem": {"dim", "start", "end", "step", "indices"},
-    "interpolate": {"output_size", "scale_factors"}, "to": {"other", "copy"},
+    "interpolate": {"output_size", "scale_factors"}, "to": {"other", "copy"}, "max": {"other"}, "min": {"other"},
 }
 
 

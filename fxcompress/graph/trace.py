@@ -81,21 +81,13 @@ class _Mode(TorchFunctionMode):
         return None if self.recorder.tracked(args[0]) else func(*args)
 
 
-def _reversed(rec: Recorder, tensor: Tensor) -> Any:
-    rank = tensor.dim()
-    if rank < 2:
-        return tensor
-    if rank == 2:
-        return rec.call("transpose", tensor, 0, 1)
-    return rec.call("permute", tensor, tuple(reversed(range(rank))))
-
-
-def _last_two(rec: Recorder, tensor: Tensor) -> Any:
-    return rec.call("transpose", tensor, -2, -1)
+def _transposed(method: str) -> Callable[[Recorder, Tensor], Any]:
+    return lambda rec, tensor: rec.record(getattr(torch.ops.aten, method).default, (tensor,), {})
 
 
 _VIEWS: Mapping[str, Callable[[Recorder, Tensor], Any]] = {
-    "T": _reversed, "mT": _last_two, "data": lambda rec, tensor: rec.call("detach", tensor),
+    "T": _transposed("numpy_T"), "mT": _transposed("mT"), "mH": _transposed("mH"), "H": _transposed("matrix_H"),
+    "data": lambda rec, tensor: rec.call("detach", tensor),
     "real": lambda rec, tensor: rec.call("real", tensor), "imag": lambda rec, tensor: rec.call("imag", tensor),
 }
 
