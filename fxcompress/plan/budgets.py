@@ -97,11 +97,13 @@ def _no_lever(budget: Budget) -> str:
 
 
 def _levers(pass_: Pass) -> tuple[str, ...]:
-    """The parameters of a shrinking pass that are shares: more of them leaves less of the model."""
+    """The parameters of a shrinking pass that are shares: more of them leaves less of the model. A share that is all by
+    default (`max_ratio`) is a limit that somebody set, and not turned."""
     if pass_.facet not in (Facet.SHAPE, Facet.TOPOLOGY):
         return ()
     return tuple(p.name for p in pass_.parameters()
-                 if isinstance(p.type, Percent) and isinstance(getattr(pass_, p.name), float))
+                 if isinstance(p.type, Percent) and p.default != p.type.high
+                 and isinstance(getattr(pass_, p.name), float))
 
 
 def _value(pass_: Pass, name: str, share: float) -> float:
