@@ -125,7 +125,7 @@ def _input(flow: Flow, node: fx.Node, args: Mapping[str, Any]) -> tuple[Dims, in
     lack the batch)."""
     rank = int(node.meta["fxc"].kind[-2])
     weight = args["weight"]
-    kernel = shape_of(weight) if isinstance(weight, fx.Node) else tuple(flow.module().weight.shape)
+    kernel = shape_of(weight) if isinstance(weight, fx.Node) else tuple(weight.shape)
     point = all(size == 1 for size in kernel[2:]) and all(step == 1 for step in tuple_of(args["stride"]))
     dims = flow.of(args["input"])
     if not point or not _zeros(args["padding"]):
