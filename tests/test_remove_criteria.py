@@ -165,7 +165,8 @@ def test_isomorphic_scope_ranks_alike_structures_only():
     assert {name: kept[name] for name in wanted} == wanted
 
 
-def test_isomorphic_scope_tells_hidden_layers_from_embedded_ones():
+def test_isomorphic_scope_ranks_the_hidden_units_of_like_blocks_together():
+    torch.manual_seed(0)
     model = fxcompress.capture(nn.TransformerEncoder(nn.TransformerEncoderLayer(
         16, 2, 24, batch_first=True), 3, enable_nested_tensor=False).eval(), tokens())
     with torch.no_grad():
@@ -175,11 +176,14 @@ def test_isomorphic_scope_tells_hidden_layers_from_embedded_ones():
 
 
 def test_random_global_ranking_is_of_plain_draws():
-    drawn = torch.rand(104, generator=torch.Generator().manual_seed(5))
+    drawn = torch.rand(104, generator=torch.Generator().manual_seed(5)).tolist()
+    highest, start = set(best(drawn, 52)), 0
     captured = captured_of(stack(), picture())
+    sizes = [captured.module.get_parameter(f"{path}.weight").shape[0] for path in PATHS]
     kept = kept_in_place(captured, by="random", seed=5, scope="global")
-    assert sum(len(kept[f"{path}.weight"]) for path in PATHS) == 52
-    assert sorted(drawn.tolist())[52] > sorted(drawn.tolist())[51]
+    for path, size in zip(PATHS, sizes, strict=True):
+        assert kept[f"{path}.weight"] == [place for place in range(size) if start + place in highest]
+        start += size
 
 
 # Caps
@@ -208,6 +212,17 @@ def test_no_layer_loses_more_than_max_ratio(name):
         weights = [key for key in kept if key.endswith("weight") and 0 in kept[key]]
         assert weights and all(len(kept[key][0]) >= 0.5 * len(dense[key]) for key in weights)
         assert align > 1 or any("because of max_ratio = 50%" in note for note in outcome.notes)
+
+
+def test_a_budget_is_met_by_the_ratio_and_never_by_lifting_a_cap():
+    policy = "policy p {{ remove channels(conv2d) {{ ratio = 5%, max_ratio = {} }}, budget macs <= 50% of dense }}"
+    captured = captured_of(stack(), picture())
+    with pytest.raises(PlanError) as raised:
+        fxcompress.plan(policy.format("80%"), captured)
+    assert "would meet it" in raised.value.diagnostics[0].help and "max_ratio" not in raised.value.diagnostics[0].help
+    with pytest.raises(PlanError) as raised:
+        fxcompress.plan(policy.format("10%"), captured)
+    assert "would meet it" not in raised.value.diagnostics[0].help
 
 
 # Gradients
