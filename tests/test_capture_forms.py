@@ -406,6 +406,19 @@ def test_dropped_paths(way: str) -> None:
     assert any("another way" in note for note in unscaled.notes)
 
 
+@pytest.mark.parametrize("norm", [
+    nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm, nn.utils.weight_norm])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_weights_that_are_computed(norm: Any) -> None:
+    torch.manual_seed(0)
+    captured = capture(nn.Sequential(norm(conv())), torch.randn(2, 3, 8, 8))
+    torch.manual_seed(0)
+    model = nn.Sequential(norm(conv()))  # the one that was captured stays as it is, and can't be run before the other
+    assert_same(model, captured, torch.randn(3, 3, 8, 8))
+    captured.refresh()
+    assert type(captured.module.get_submodule("0").weight) is not torch._subclasses.FakeTensor
+
+
 def test_leaves_are_of_torch_s_own_classes() -> None:
     class Mine(nn.Conv2d):
         """Nothing of its own."""

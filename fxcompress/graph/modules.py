@@ -108,4 +108,20 @@ def module_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[s
     inputs: dict[str, Any] = {name: _INPUT_DEFAULTS.get(name) for name in leaf.inputs}
     inputs.update(zip(leaf.inputs, args, strict=False))
     inputs.update(kwargs)
-    return {**inputs, **{name: getattr(module, name) for name in (*leaf.tensors, *leaf.settings)}}
+    tensors = {name: _tensor(module, name) for name in leaf.tensors}
+    return {**inputs, **tensors, **{name: getattr(module, name) for name in leaf.settings}}
+
+
+def _tensor(module: nn.Module, name: str) -> Any:
+    """The attribute `name` of `module`; a parametrized one is computed as in evaluation, which changes no state (in
+    training a spectral norm takes a step whenever its weight is read)."""
+    chains = getattr(module, "parametrizations", None)
+    if chains is None or name not in chains:
+        return getattr(module, name)
+    modes = {part: part.training for part in chains[name].modules()}
+    chains[name].eval()
+    try:
+        return getattr(module, name)
+    finally:
+        for part, mode in modes.items():
+            part.training = mode

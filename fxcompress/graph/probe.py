@@ -89,22 +89,23 @@ class Fakes:
                 return _FUNCTIONS[kind](self, module, *args)
             state = {name: self.of(t) for name, t in module.named_parameters(remove_duplicate=False)}
             state |= {name: self.of(t) for name, t in module.named_buffers(remove_duplicate=False)}
-            with _flat_weights(self, module):
+            with _beside(self, module):
                 return functional_call(module, state, args, dict(kwargs))
 
 
 @contextmanager
-def _flat_weights(fakes: Fakes, module: nn.Module) -> Iterator[None]:
-    """Recurrent layers keep a list of their weights beside their parameters."""
+def _beside(fakes: Fakes, module: nn.Module) -> Iterator[None]:
+    """What a module keeps of its weights beside its parameters: recurrent layers a list, which is fake while it
+    lasts; hooks (the old `weight_norm` and `spectral_norm`) a tensor, which is put back."""
+    kept = {name: value for name, value in module.__dict__.items() if isinstance(value, Tensor)}
     flat = module.__dict__.get("_flat_weights")
-    if flat is None:
-        yield
-        return
-    module.__dict__["_flat_weights"] = [fakes.of(weight) for weight in flat]
+    if flat is not None:
+        kept["_flat_weights"] = flat
+        module.__dict__["_flat_weights"] = [fakes.of(weight) for weight in flat]
     try:
         yield
     finally:
-        module.__dict__["_flat_weights"] = flat
+        module.__dict__.update(kept)
 
 
 def _weights(fakes: Fakes, module: nn.Module) -> tuple[Tensor, Tensor | None]:
