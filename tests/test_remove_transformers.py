@@ -4,14 +4,19 @@ readers are zeroed by hand and with models that transformers makes at the smalle
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache
 
 import pytest
 import torch
 from remove_check import apart, kept_indices, remove, wake, zeroed
+from remove_nets import conv
 from torch import Tensor, nn
 
+import fxcompress
+from fxcompress.diagnostics import PlanError
 from fxcompress.graph.capture import capture
 from fxcompress.graph.captured import Captured
 
@@ -144,3 +149,99 @@ def test_stays_trainable(family: str, what: str) -> None:
     result.module.train()(*inputs).square().mean().backward()
     missing = [name for name, p in result.module.named_parameters() if p.grad is None or p.grad.shape != p.shape]
     assert not missing
+
+
+@pytest.mark.parametrize(("what", "smaller"), [
+    ("heads", {"num_attention_heads": 2, "num_key_value_heads": 1}),
+    ("hidden", {"intermediate_size": 24}),
+    ("embedding", {"hidden_size": 16}),
+])
+def test_is_the_llama_that_transformers_makes_at_that_size(what: str, smaller: dict[str, int]) -> None:
+    _, inputs, captured = dense("llama")
+    result, _ = remove(captured, what)
+    small, _ = llama(**smaller)
+    small.load_state_dict(result.module.state_dict())
+    with torch.no_grad():
+        assert apart(small.eval()(*inputs), result.module(*inputs)) < 1e-5
+    assert result.module.model.lm_head.weight is result.module.model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize(("queries", "keys", "kept"), [(8, 4, (6, 3)), (8, 1, (6, 1)), (4, 4, (3, 3))])
+def test_groups_of_queries_stay_whole(queries: int, keys: int, kept: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    model, inputs = llama(num_attention_heads=queries, num_key_value_heads=keys, num_hidden_layers=1)
+    result, outcome = remove(capture(wake(model), inputs), "heads", ratio=0.25)
+    attention = result.module.get_submodule("model.model.layers.0.self_attn")
+    assert (attention.q_proj.out_features, attention.k_proj.out_features) == tuple(8 * heads for heads in kept)
+    assert attention.v_proj.out_features == 8 * kept[1] and attention.o_proj.in_features == 8 * kept[0]
+    assert any(note.startswith("proven equal") for note in outcome.notes)
+
+
+def test_the_stream_is_refused_where_it_must_be_exact() -> None:
+    _, _, captured = dense("vit")
+    with pytest.raises(PlanError, match="FXC0341"):
+        remove(captured, "embedding", exact=True)
+
+
+class Residual(nn.Module):
+    """A stream, and sums that are none: of branches of one value, and inside an activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = conv(3, 10), conv(3, 10)
+        self.last, self.inner, self.outer = conv(10, 6), conv(6, 14), conv(14, 6)
+        self.head = nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.left(x) + self.right(x)
+        x = self.last(x + x ** 3)
+        return self.head(x + self.outer(self.inner(x).relu()))
+
+
+def test_the_stream_is_what_adds_of_a_value_and_its_branch_carry() -> None:
+    torch.manual_seed(0)
+    captured = capture(wake(Residual()), (torch.randn(2, 3, 8, 8),))
+    _, outcome = remove(captured, "embedding")
+    changed = {change.path for change in outcome.changes if change.what == "out_channels"}
+    assert changed == {"last", "outer"}
+    assert any(note.startswith("proven equal") for note in outcome.notes)
+    with pytest.raises(PlanError, match="no channels of a residual stream"):
+        remove(captured, "embedding", nodes=(captured.node("left"), captured.node("inner")))
+
+
+def test_follows_a_policy_without_weights() -> None:
+    with torch.device("meta"):
+        model, _ = llama()
+    shown = fxcompress.plan(POLICY, model, words(7)).to_json()
+    assert "24" in shown and "gate_proj" in shown
+
+
+POLICY = """policy thin {
+    remove hidden(linear[name ~ "**.gate_proj"]) { ratio = 50% }
+    remove heads(linear[name ~ "**.k_proj"]) { ratio = 50% }
+}"""
+
+BILLION = """
+import resource, sys
+import torch, transformers
+import fxcompress
+from fxcompress.graph.capture import capture
+
+with torch.device("meta"):
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
+        num_key_value_heads=4, use_cache=False))
+assert sum(p.numel() for p in model.parameters()) > 1_000_000_000
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+plan = fxcompress.plan(sys.argv[1], model, (torch.zeros(1, 16, dtype=torch.int64),))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+print(plan.show())
+"""
+
+
+@pytest.mark.slow
+def test_a_llama_of_a_billion_parameters_is_planned_without_its_weights() -> None:
+    done = subprocess.run([sys.executable, "-c", BILLION, POLICY], capture_output=True, text=True, check=True)
+    grown, _, shown = done.stdout.partition("\n")
+    assert int(grown) < 1024, "MiB of memory"
+    assert "5632" in shown and "2816" in shown

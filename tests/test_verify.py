@@ -253,6 +253,17 @@ def test_captured_models_hold_every_invariant(name: str) -> None:
     assert violations(captured, Before.of(captured)) == []
 
 
+class _Between(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ((x > 0) & (x < 1)) | (x > 3)
+
+
+def test_and_and_or_are_not_taken_for_operators_in_place() -> None:
+    captured = fxcompress.capture(_Between(), (torch.zeros(2, 3),))
+    assert {getattr(node.target, "__name__", "") for node in captured.graph.nodes} >= {"and_", "or_"}
+    assert violations(captured, Before.of(captured)) == []
+
+
 def test_a_pass_that_keeps_the_rules_is_let_through() -> None:
     def act_twice(graph: Captured, node: fx.Node) -> None:
         with graph.graph.inserting_after(node):

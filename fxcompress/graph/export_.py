@@ -268,9 +268,16 @@ class _Replay:
             elif node.op == "output":
                 return fx.map_arg(node.args[0], lambda other: values[other])
             else:
-                args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda other: values[other])
+                args, kwargs = fx.node.map_aggregate((node.args, dict(node.kwargs)),
+                                                     lambda item: self._argument(item, values))
                 values[node] = self._call(node, args, kwargs)
         return ()
+
+    def _argument(self, item: Any, values: Mapping[fx.Node, Any]) -> Any:
+        """An argument of a node; where weights are on `meta`, what the model makes beside them isn't."""
+        if isinstance(item, torch.device) and item.type == "meta":
+            return self.recorder.fakes.device
+        return values[item] if isinstance(item, fx.Node) else item
 
     def _call(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         rec, target = self.recorder, node.target

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from keyword import iskeyword
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx, nn
@@ -125,7 +126,8 @@ def _in_place(captured: Captured, before: Before) -> Iterator[Violation]:
     for node in captured.module.graph.nodes:
         name = str(getattr(node.target, "__name__", node.target)).rpartition(".")[2]
         function = node.op in ("call_function", "call_method")
-        if function and ((name.endswith("_") and not name.endswith("__")) or name in IN_PLACE_OPERATORS):
+        marked = name.endswith("_") and not name.endswith("__") and not iskeyword(name[:-1])  # `operator.and_` isn't
+        if function and (marked or name in IN_PLACE_OPERATORS):
             yield Violation(node.name, f"`{name}` works in place")
         elif function and (node.kwargs.get("inplace") or node.kwargs.get("out") is not None):
             yield Violation(node.name, "it writes into one of its arguments")
