@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from remove_check import apart, captured_of, kept_indices, makers, remove, wake, zeroed
-from remove_nets import NETS
+from remove_nets_sequences import NETS
 
 RAW = {"raw_parameters": {"inner": 0, "outer": 0}, "einsum_mixing": {"w": 1}}  # read along these, besides modules
 NORMALISED_WEIGHTS = ("computed_weights", "spectral")  # their norm notices a zeroed column: see the tests below
