@@ -74,8 +74,8 @@ def check_model(policy_paths: Sequence[Path], spec: str, params: Params | None =
 @_reporting
 def plan(policy_path: Path, spec: str, weights: Path | None = None, params: Params | None = None,
          output: Path | None = None, format: str = "text", verbose: bool = False) -> int:
-    """Print what the policy would do to the model (`text`, with `verbose` layer by layer, or `json`; to stdout), and save
-    it as JSON to `output`."""
+    """Print what the policy would do to the model (`text`, layer by layer if `verbose`, or `json`), and save it as JSON
+    to `output`."""
     policy, loaded = _load(policy_path, spec, weights, params)
     made = make_plan(policy, _capture(loaded))
     if output is not None:

@@ -15,8 +15,8 @@ KINDS = frozenset("""
     angle any arange argmax argmin argsort asin asinh atan atan2 atanh avg_pool1d avg_pool2d avg_pool3d baddbmm
     batchnorm batchnorm1d batchnorm2d batchnorm3d bernoulli bilinear bitwise_not bmm cat cdist ceil celu
     channel_shuffle chunk clamp clone complex contiguous conv1d conv2d conv3d conv_transpose1d conv_transpose2d
-    conv_transpose3d cos cosh cosine_similarity cumprod cumsum deg2rad detach diagonal digamma div dot dropout
-    dropout1d dropout2d dropout3d einsum elu embedding embedding_bag empty empty_like eq erf erfc erfinv exp exp2
+    conv_transpose3d cos cosh cosine_similarity cumprod cumsum deg2rad detach diagonal digamma div div_rounding dot
+    dropout dropout1d dropout2d dropout3d einsum elu embedding embedding_bag empty empty_like eq erf erfc erfinv exp exp2
     expand expm1 eye feature_alpha_dropout flatten flip floor floor_divide fmod fold frac full full_like gather ge
     gelu getattr getitem glu grid_sample groupnorm gru gru_cell gt gumbel_softmax hardshrink hardsigmoid hardswish
     hardtanh hypot imag index_add index_copy index_fill index_put index_select input instancenorm instancenorm1d

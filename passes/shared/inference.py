@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx, nn
 
 from fxcompress.graph.captured import Captured
@@ -30,9 +32,9 @@ def bake_evaluation(captured: Captured) -> list[fx.Node]:
     return list(changed)
 
 
-def _with(arguments_: object, node: fx.Node, value: object) -> tuple[tuple[object, ...], dict[str, object]]:
+def _with(arguments_: Any, node: fx.Node, value: Any) -> Any:
     """Arguments of a call with `value` in the place of `node`."""
-    return fx.node.map_arg(arguments_, lambda arg: value if arg is node else arg)  # type: ignore[no-any-return,arg-type,return-value]
+    return fx.node.map_arg(arguments_, lambda arg: value if arg is node else arg)
 
 
 def _passes_through(node: fx.Node) -> bool:
