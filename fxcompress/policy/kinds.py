@@ -16,16 +16,16 @@ KINDS = frozenset("""
     batchnorm batchnorm1d batchnorm2d batchnorm3d bernoulli bilinear bitwise_not bmm cat cdist ceil celu
     channel_shuffle chunk clamp clone complex contiguous conv1d conv2d conv3d conv_transpose1d conv_transpose2d
     conv_transpose3d cos cosh cosine_similarity cumprod cumsum deg2rad detach diagonal digamma div div_rounding dot
-    dropout dropout1d dropout2d dropout3d einsum elu embedding embedding_bag empty empty_like eq erf erfc erfinv exp exp2
-    expand expm1 eye feature_alpha_dropout flatten flip floor floor_divide fmod fold frac full full_like gather ge
-    gelu getattr getitem glu grid_sample groupnorm gru gru_cell gt gumbel_softmax hardshrink hardsigmoid hardswish
-    hardtanh hypot imag index_add index_copy index_fill index_put index_select input instancenorm instancenorm1d
-    instancenorm2d instancenorm3d interpolate invert isfinite isinf isnan item layernorm le leaky_relu lerp lgamma
-    linear linspace local_response_norm log log10 log1p log2 log_softmax logical_and logical_not logical_or
-    logical_xor logsigmoid logsumexp lp_pool1d lp_pool2d lstm lstm_cell lt masked_fill masked_scatter
-    masked_select matmul max max_pool1d max_pool2d max_pool3d maximum mean median meshgrid min minimum mish mm
-    movedim mul multihead_attention mv nan_to_num nansum narrow ne neg new_empty new_full new_ones new_tensor
-    new_zeros nonzero norm normalize numel one_hot ones ones_like or outer output pad parameter permute
+    dropout dropout1d dropout2d dropout3d einsum elu embedding embedding_bag empty empty_like eq erf erfc erfinv exp
+    exp2 expand expm1 eye feature_alpha_dropout flatten flip floor floor_divide fmod fold frac full full_like gather
+    ge gelu getattr getitem glu grid_sample groupnorm gru gru_cell gt gumbel_softmax hardshrink hardsigmoid
+    hardswish hardtanh hypot imag index_add index_copy index_fill index_put index_select input instancenorm
+    instancenorm1d instancenorm2d instancenorm3d interpolate invert isfinite isinf isnan item layernorm le
+    leaky_relu lerp lgamma linear linspace local_response_norm log log10 log1p log2 log_softmax logical_and
+    logical_not logical_or logical_xor logsigmoid logsumexp lp_pool1d lp_pool2d lstm lstm_cell lt masked_fill
+    masked_scatter masked_select matmul max max_pool1d max_pool2d max_pool3d maximum mean median meshgrid min
+    minimum mish mm movedim mul multihead_attention mv nan_to_num nansum narrow ne neg new_empty new_full new_ones
+    new_tensor new_zeros nonzero norm normalize numel one_hot ones ones_like or outer output pad parameter permute
     pixel_shuffle pixel_unshuffle polar positive pow prelu prod rad2deg rand rand_like randn randn_like real
     reciprocal relu relu6 remainder repeat repeat_interleave reshape rmsnorm rnn rnn_cell roll rot90 round rrelu
     rsqrt scaled_dot_product_attention scatter scatter_add select_scatter selu sgn sigmoid sign silu sin sinh size
