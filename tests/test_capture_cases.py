@@ -240,6 +240,14 @@ def test_refused_with_the_model_s_line(name: str) -> None:
     assert "test_capture_cases.py:" in diagnostic.message and "m.c(x)" in diagnostic.message
 
 
+def test_a_refusal_is_all_that_is_said(capfd: pytest.CaptureFixture[str]) -> None:
+    function, _ = REFUSED["value"]
+    with pytest.raises(CaptureError) as caught:
+        capture(Net(function, c=conv()), (torch.randn(2, 3, 8, 8),))
+    assert "by export" in caught.value.diagnostics[0].notes[0]
+    assert capfd.readouterr() == ("", "")  # torch.export writes the graphs it had
+
+
 @pytest.mark.parametrize("model, inputs, code", [
     (lambda x: x, torch.ones(1), "FXC0403"),
     (nn.LazyLinear(3), torch.ones(1, 2), "FXC0403"),

@@ -12,8 +12,10 @@ import contextlib
 import functools
 import inspect
 import operator
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +29,7 @@ from . import frames
 from .assemble import assemble
 from .captured import Captured, Example
 from .dynamic import UntraceableError
-from .probe import Fakes, map_tensors
+from .probe import Fakes, map_tensors, quiet
 from .propagate import device_of
 from .recorder import Recorder
 from .trace import Traced, leaf_kind, plain, state_names, vanishes, watched_modes
@@ -184,10 +186,14 @@ def _export(model: nn.Module, example: Example, inputs: Inputs, fixed: bool) -> 
     kwargs = dict(list(given.items())[inputs.positional:])
     bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     shapes = {name: dims(value) for name, value in bound.items()}
+    said = StringIO()  # where it fails, torch writes whole graphs to stderr before it raises
     try:
-        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+        with quiet(), contextlib.redirect_stderr(said):
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     except RAISED_BY_MODELS as error:
         raise UntraceableError(f"torch.export: {type(error).__name__}: {error}", frames.innermost(error)) from error
+    sys.stderr.write(said.getvalue())
+    return program
 
 
 def _check_batch(program: ExportedProgram, fakes: Fakes) -> None:

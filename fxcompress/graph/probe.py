@@ -33,16 +33,20 @@ def map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
     return value
 
 
+_LOGGERS = tuple(map(logging.getLogger, ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")))
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """While it lasts, torch doesn't log operators that fail on fakes: what fails is reported by us."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before = logger.disabled
-    logger.disabled = True
+    before = [logger.disabled for logger in _LOGGERS]
+    for logger in _LOGGERS:
+        logger.disabled = True
     try:
         yield
     finally:
-        logger.disabled = before
+        for logger, disabled in zip(_LOGGERS, before, strict=True):
+            logger.disabled = disabled
 
 
 class Fakes:
