@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from hostile import DOCUMENT, FILES, exercise
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 POOL = st.one_of(
@@ -56,6 +56,7 @@ def test_anything_left_out_of_the_graph(way: tuple[Any, ...]) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(one=st.sampled_from(PLACES), other=st.sampled_from(PLACES))
+@example(one=("nodes", 0, "meta", "fact", "shape"), other=("tensors", 10, "shape", 0))
 def test_any_part_of_the_graph_in_the_place_of_another(one: tuple[Any, ...], other: tuple[Any, ...]) -> None:
     value = DOCUMENT
     for part in other:

@@ -74,10 +74,17 @@ def _fact(cursor: Cursor) -> NodeFact:
     values = cursor.fields(tuple(field.name for field in fields(NodeFact)))
     return NodeFact(
         kind=values["kind"].text(), path=values["path"].text(), source=values["source"].text(),
-        shape=_nested(values["shape"], lambda c: None if c.value is None else c.integer(0)),
+        shape=_shape(values["shape"]),
         dtype=_nested(values["dtype"], _dtype), dynamic=_nested(values["dynamic"], lambda c: c.boolean()),
         params=values["params"].integer(0), macs=values["macs"].integer(0), bytes=values["bytes"].integer(0),
         value_bytes=values["value_bytes"].integer(0))
+
+
+def _shape(cursor: Cursor) -> Any:
+    """Sizes, a nest of them for a value that is a tuple, or None for what has no shape; never a bare number."""
+    if cursor.value is not None and not isinstance(cursor.value, list):
+        cursor.wrong("a list of sizes")
+    return _nested(cursor, lambda c: None if c.value is None else c.integer(0))
 
 
 def _nested(cursor: Cursor, leaf: Callable[[Cursor], Any]) -> Any:
