@@ -6,13 +6,13 @@ Texts are shown by `inspect` and `explain`; nothing is ever computed from them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch
 from torch import fx
 
-from ..graph.captured import Origin
+from ..graph.captured import Left, Origin
 from ..graph.facts import NodeFact
 from .artifact_json import Cursor, fail
 from .artifact_values import DTYPES, UnsaveableError
@@ -36,7 +36,8 @@ def save_meta(node: fx.Node) -> dict[str, Any]:
 
 def save_origin(entry: Origin) -> list[Any]:
     """One entry of a provenance as a list of its fields."""
-    return [entry.verb, entry.place, entry.line, entry.phase, entry.detail, list(entry.was)]
+    kept = [entry.verb, entry.place, entry.line, entry.phase, entry.detail, list(entry.was)]
+    return kept if entry.left is None else [*kept, _plain(asdict(entry.left))]
 
 
 def _plain(value: Any) -> Any:
@@ -101,6 +102,23 @@ def _dtype(cursor: Cursor) -> Any:
 
 def read_origin(cursor: Cursor) -> Origin:
     """One entry of a provenance, as a list of its fields. Raises ArtifactError (FXC0604)."""
-    verb, place, line, phase, detail, was = _row(cursor, 6)
+    length = len(cursor.value) if isinstance(cursor.value, list) else 0
+    verb, place, line, phase, detail, was, *left = _row(cursor, 7 if length == 7 else 6)
     return Origin(verb.text(), place.text(), line.text(), phase.text(), detail.text(),
-                  tuple(item.text() for item in was.items()))
+                  tuple(item.text() for item in was.items()), _left(left[0]) if left else None)
+
+
+def _left(cursor: Cursor) -> Left:
+    values = cursor.fields(tuple(field.name for field in fields(Left)))
+    least = values["least_kept"]
+    return Left(
+        what=values["what"].text(), size=values["size"].integer(0), why=values["why"].text(), by=values["by"].text(),
+        indices=_numbers(values["indices"], (int,)), scores=_numbers(values["scores"], (int, float)),
+        least_kept=None if least.value is None else least.number())
+
+
+def _numbers(cursor: Cursor, types: tuple[type, ...]) -> tuple[Any, ...]:
+    """A flat list of numbers, checked at once: there may be a hundred thousand of them."""
+    if not isinstance(cursor.value, list) or not all(type(item) in types for item in cursor.value):
+        cursor.wrong("a list of numbers")
+    return tuple(cursor.value)

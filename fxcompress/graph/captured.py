@@ -34,6 +34,20 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Left:
+    """Which indices of a dimension of a layer one removal took: `indices` in the numbering of the layer as it was
+    captured, of `size`; `scores` are what the criterion `by` gave each, `least_kept` the least score that stayed."""
+
+    what: str  # "out_channels", "in_features"
+    size: int
+    indices: tuple[int, ...]
+    why: str  # "selected", "coupled to conv1 by add at resnet.py:102", "reads what left"
+    by: str
+    scores: tuple[float, ...]
+    least_kept: float | None
+
+
+@dataclass(frozen=True)
 class Origin:
     """One entry of a node's provenance: which rule touched it, from where in the policy, and how."""
 
@@ -43,6 +57,7 @@ class Origin:
     phase: str
     detail: str  # what it did to this node: "out_channels 64 -> 44"
     was: tuple[str, ...] = ()  # names of the nodes it came from, for a node the pass made
+    left: Left | None = None  # which indices left, where a removal took some
 
 
 @dataclass

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 from torch import fx
 
-from .captured import Origin
+from .captured import Left, Origin
 from .site import Site
 
 if TYPE_CHECKING:
@@ -21,10 +23,11 @@ def place_of(site: Site) -> str:
     return str(site.span) if site.span is not None else PYTHON
 
 
-def origin(pass_: Pass, site: Site, detail: str, was: Iterable[str] = ()) -> Origin:
-    """The entry that `pass_` leaves on a node of `site`. `was` names the nodes that a new node came from."""
+def origin(pass_: Pass, site: Site, detail: str, was: Iterable[str] = (), left: Left | None = None) -> Origin:
+    """The entry that `pass_` leaves on a node of `site`. `was` names the nodes that a new node came from, `left` says
+    which of its indices left."""
     line = site.span.source.line(site.span.line).strip() if site.span is not None else repr(pass_)
-    return Origin(pass_.verb, place_of(site), line, site.phase, detail, tuple(was))
+    return Origin(pass_.verb, place_of(site), line, site.phase, detail, tuple(was), left)
 
 
 def origins_of(node: fx.Node) -> tuple[Origin, ...]:
@@ -33,9 +36,21 @@ def origins_of(node: fx.Node) -> tuple[Origin, ...]:
     return origins
 
 
-def touch(node: fx.Node, pass_: Pass, site: Site, detail: str, was: Iterable[str] = ()) -> None:
+def touch(node: fx.Node, pass_: Pass, site: Site, detail: str, was: Iterable[str] = (),
+          left: Left | None = None) -> None:
     """Append to `node`'s provenance that `pass_` did `detail` to it ("out_channels 64 -> 44")."""
-    node.meta["origins"] = (*origins_of(node), origin(pass_, site, detail, was))
+    node.meta["origins"] = (*origins_of(node), origin(pass_, site, detail, was, left))
+
+
+def removed(node: fx.Node, what: str) -> tuple[Left, ...]:
+    """What every removal took of the dimension `what` ("out_channels") of `node`, oldest first."""
+    return tuple(entry.left for entry in origins_of(node) if entry.left is not None and entry.left.what == what)
+
+
+def survivors(node: fx.Node, what: str, size: int) -> npt.NDArray[np.int64]:
+    """The numbers that the `size` indices of the dimension `what` of `node` had when it was captured."""
+    gone = [index for left in removed(node, what) for index in left.indices]
+    return np.delete(np.arange(size + len(gone)), gone)
 
 
 def inherit(new: fx.Node, old: fx.Node) -> None:

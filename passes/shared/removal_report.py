@@ -3,21 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import fx
 
+from fxcompress.graph.captured import Left
 from fxcompress.graph.coupling import Coupling, Mask
 from fxcompress.graph.coupling_flow import Labels
 from fxcompress.graph.ops import kind_of, path_of
+from fxcompress.graph.provenance import removed, survivors
 from fxcompress.graph.site import Change
-from fxcompress.passes.shared.layers import Layer, owners_of
+from fxcompress.passes.shared.layers import Ints, Layer, owners_of
+from fxcompress.passes.shared.ranking import Scores
 
 if TYPE_CHECKING:
     from fxcompress.passes.remove import Remove
 
 _PARAMETERISED = ("conv", "linear", "batchnorm", "layernorm", "groupnorm", "embedding", "parameter", "instancenorm")
+
+
+_READS, _FOLLOWS = "reads what left", "follows its input"
+_FOLLOWING = (_READS, _FOLLOWS)
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """One dimension of a layer that gets smaller: `components`: one entry an index; `gone`: indices that leave."""
+
+    node: fx.Node
+    change: Change
+    components: Labels
+    gone: Ints
 
 
 def place_of(node: fx.Node) -> str:
@@ -98,33 +116,55 @@ def _limits(settings: Remove) -> list[str]:
 
 
 def changes_of(coupling: Coupling, layers: list[Layer], doomed: Mask,
-               kinds: Mapping[fx.Node, str]) -> list[tuple[fx.Node, Change]]:
+               kinds: Mapping[fx.Node, str]) -> list[Shrunk]:
     """What gets smaller, in graph order: layers that make fewer channels, that read fewer, and norms between."""
-    found: list[tuple[fx.Node, Change]] = []
+    found: list[Shrunk] = []
     seen: set[tuple[str, str]] = set()
 
     def add(node: fx.Node, path: str, what: str, labels: Labels, why: str) -> None:
+        if (path, what) in seen:
+            return
         components = coupling.of(labels)
-        left = len(components) - int(((components >= 0) & doomed[components]).sum())
-        if left < len(components) and (path, what) not in seen:
+        gone = np.flatnonzero((components >= 0) & doomed[components])
+        if len(gone):
             seen.add((path, what))
-            found.append((node, Change(path, kinds[node], what, str(len(components)), str(left), why)))
+            size = len(components)
+            change = Change(path, kinds[node], what, str(size), str(size - len(gone)), why)
+            found.append(Shrunk(node, change, components, gone))
 
     shrinking = [layer for layer in layers if layer.inside(doomed)]
     others = [layer for layer in shrinking if not layer.selected and not layer.follows]
     reasons = dict(zip(map(id, others), coupled_reasons(coupling, layers, others), strict=True))
     for layer in shrinking:
-        why = reasons.get(id(layer), "selected" if layer.selected else "follows its input")
+        why = reasons.get(id(layer), "selected" if layer.selected else _FOLLOWS)
         add(layer.node, layer.path, layer.what, layer.made.labels, why)
     for entry in coupling.flow.consumed:
         if isinstance(entry.target, str) and not kinds[entry.node].startswith(("lstm", "gru", "rnn")):
             what = "in_features" if kinds[entry.node] == "linear" else "in_channels"
             path = path_of(entry.node) if entry.node.op == "call_module" else entry.target.rpartition(".")[0]
-            add(entry.node, path, what, entry.labels, "reads what left")
+            add(entry.node, path, what, entry.labels, _READS)
     for node in coupling.flow.nodes:
         if node.op == "call_module" and "norm" in kinds[node] and coupling.flow.has(f"{node.target}.weight"):
             for labels in coupling.flow.tensor(f"{node.target}.weight")[:1]:
                 if labels is not None:
-                    add(node, str(node.target), "num_features", labels, "follows its input")
+                    add(node, str(node.target), "num_features", labels, _FOLLOWS)
     order = coupling.flow.index
-    return sorted(found, key=lambda entry: order[entry[0]])
+    return sorted(found, key=lambda shrunk: order[shrunk.node])
+
+
+def left_of(shrunk: Shrunk, by: str, scores: Scores | None) -> Left:
+    """Which of its indices leave, in the numbering of the captured model, and what they scored against those that stay;
+    of a layer that only reads what left, or norms it, just which."""
+    change, components = shrunk.change, shrunk.components
+    size = len(components)
+    numbers = survivors(shrunk.node, change.what, size)
+    kept: tuple[float, ...] = ()
+    given: tuple[float, ...] = ()
+    if scores is not None and change.why not in _FOLLOWING:
+        given = tuple(float(f"{score:.6g}") for score in scores[components[shrunk.gone]])
+        stays = np.delete(components, shrunk.gone)
+        kept = tuple(scores[stays[stays >= 0]])
+    finite = [score for score in kept if np.isfinite(score)]
+    return Left(change.what, size + sum(len(left.indices) for left in removed(shrunk.node, change.what)),
+                tuple(numbers[shrunk.gone].tolist()), change.why, by, given,
+                float(f"{min(finite):.6g}") if finite else None)

@@ -19,8 +19,8 @@ from fxcompress.graph.site import UNKNOWN_WEIGHTS, Change, Outcome, Site
 from fxcompress.graph.verify import signature
 from fxcompress.passes.shared.constants import Fold
 from fxcompress.passes.shared.layers import Groups, Layer, layers_of, mask_of, owners_of
-from fxcompress.passes.shared.ranking import Ranking
-from fxcompress.passes.shared.removal_report import blocked, changes_of, coupled_reasons, place_of, shortfalls
+from fxcompress.passes.shared.ranking import Ranking, Scores
+from fxcompress.passes.shared.removal_report import blocked, changes_of, coupled_reasons, left_of, place_of, shortfalls
 from fxcompress.passes.shared.removal_scores import scores_of
 from fxcompress.passes.shared.residual import stream
 
@@ -41,9 +41,10 @@ def remove(settings: Remove, captured: Captured, site: Site) -> Outcome:
     if settings.exact:
         _refuse_inexact(coupling, layers, candidates, site)
     groups = Groups(coupling, layers, candidates)
-    doomed = np.zeros(coupling.count, dtype=np.bool_)
+    doomed, scores = np.zeros(coupling.count, dtype=np.bool_), np.zeros(coupling.count)
     if candidates.any():
-        ranking = Ranking(settings, groups, scores_of(settings, coupling, layers, candidates))
+        scores = scores_of(settings, coupling, layers, candidates)
+        ranking = Ranking(settings, groups, scores)
         doomed = ranking.choose()
         notes += ranking.notes
     notes += shortfalls(settings, coupling, layers, wanted, doomed)
@@ -52,7 +53,7 @@ def remove(settings: Remove, captured: Captured, site: Site) -> Outcome:
     notes += _inexact_notes(coupling, layers, doomed)
     if captured.concrete and settings.verify == "on":
         notes += _proven(captured, coupling, doomed, what)
-    return _carried_out(settings, captured, coupling, layers, doomed, site, notes)
+    return _carried_out(settings, captured, coupling, layers, doomed, scores, site, notes)
 
 
 def _error(code: str, message: str, site: Site, notes: list[str], help_: str) -> PlanError:
@@ -184,21 +185,23 @@ def _proven(captured: Captured, coupling: Coupling, doomed: Mask, what: str) -> 
 
 
 def _carried_out(settings: Remove, captured: Captured, coupling: Coupling, layers: list[Layer], doomed: Mask,
-                 site: Site, notes: list[str]) -> Outcome:
+                 scores: Scores, site: Site, notes: list[str]) -> Outcome:
     kinds = {node: kind_of(node) for node in coupling.flow.nodes}
     before = {node.name: (signature(node), len(origins_of(node))) for node in coupling.flow.nodes}
     changes = changes_of(coupling, layers, doomed, kinds)
+    which = [left_of(shrunk, settings.by, scores) if captured.concrete else None for shrunk in changes]
     fold = Fold(coupling, doomed[coupling.component]).gather()
     removal: Removal = apply_removal(coupling, doomed)
     notes += fold.carry_out()
-    for node, change in changes:
+    for shrunk, left in zip(changes, which, strict=True):
+        node, change = shrunk.node, shrunk.change
         for place in _living(captured, node):
-            touch(place, settings, site, f"{change.what} {change.before} -> {change.after}", (node.name,))
+            touch(place, settings, site, f"{change.what} {change.before} -> {change.after}", (node.name,), left)
     for node in captured.module.graph.nodes:
         was, count = before.get(node.name, (None, 0))
         if was != signature(node) and len(origins_of(node)) == count and node.op not in ("placeholder", "output"):
             touch(node, settings, site, "follows what left" if was else "a step of a module written out")
-    shown = [change for _, change in changes]
+    shown = [shrunk.change for shrunk in changes]
     unknown: tuple[str, ...] = ()
     if not captured.concrete:
         unknown = ("which channels leave",)
