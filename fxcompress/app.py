@@ -87,12 +87,13 @@ def verbs(verb: Annotated[str | None,
 @app.command()
 def explain(what: Annotated[str, typer.Argument(metavar="CODE|DIR", help="A code such as FXC0105, or an artifact.")],
             layer: Annotated[str | None,
-                             typer.Argument(metavar="[LAYER]", help="A layer of the artifact.")] = None) -> None:
+                             typer.Argument(metavar="[LAYER]", help="A layer of the artifact.")] = None,
+            format: Annotated[Layout, typer.Option(help="For a layer.")] = Layout.TEXT) -> None:
     """Explain a diagnostic code; or what was done to a layer of an artifact, and why."""
     if layer is not None:
         from . import commands
 
-        raise typer.Exit(commands.explain_layer(Path(what), layer))
+        raise typer.Exit(commands.explain_layer(Path(what), layer, format.value))
     sys.stdout.write(code_page(what))
 
 

@@ -139,9 +139,10 @@ def diff(before: Path, after: Path, format: str = "text") -> int:
 
 
 @_reporting
-def explain_layer(directory: Path, layer: str) -> int:
-    """Print each rule that touched `layer` of the artifact in `directory`."""
-    return _print(inspection.explain(directory, layer).show(), None, "text")
+def explain_layer(directory: Path, layer: str, format: str = "text") -> int:
+    """Print each rule that touched `layer` of the artifact in `directory`, as `text` or `json`."""
+    found = inspection.explain(directory, layer)
+    return _print(found.show(), found.to_json(), format)
 
 
 def _print(text: str, data: Any, format: str) -> int:

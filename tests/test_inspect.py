@@ -8,6 +8,7 @@ from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -16,9 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fxcompress
 from fxcompress.diagnostics import ArtifactError, PlanError
-from fxcompress.inspect import diff, explain, html_page, report, show_graph
+from fxcompress.inspect import diff, explain, html_page, removed, report, show_graph
 from fxcompress.inspect.layers import Snapshot, layers_of, sizes_of
-from fxcompress.inspect.text import Table, change, count, macs, size
+from fxcompress.inspect.text import Table, change, count, macs, ranges, size
 from fxcompress.passes import Mask, Remove
 
 Golden = Callable[[str, str], None]
@@ -126,6 +127,34 @@ def test_explain(artifact: Path, layer: str, golden: Golden) -> None:
     golden(f"inspect/explain_{layer}.txt", normal(found.show()))
     data = json.loads(json.dumps(found.to_json()))
     assert [rule["detail"] for rule in data["rules"]] == [origin.detail for origin in found.origins]
+
+
+def test_which_indices_left_and_why(before: fxcompress.Captured, tmp_path: Path) -> None:
+    """Two removals after one another, and a save between: the channels that stay are those of the dense model that the
+    record says, and those that left had the smallest norms."""
+    first = Remove(ratio=0.25, by="l1").apply(before, "conv2d", what="channels")
+    fxcompress.save(first.module, tmp_path / "first")
+    again = fxcompress.capture(fxcompress.load(tmp_path / "first"), before.example.args)
+    second = Remove(ratio=0.5, by="l1").apply(again, "conv2d", what="channels")
+    assert [left.size for left in removed(second, "stem")] == [8, 8]
+    for layer, reads in (("blocks.0.conv1", "stem"), ("blocks.1.conv2", "blocks.1.conv1")):
+        kept = []
+        for name, what in ((layer, "out_channels"), (layer, "in_channels"), (reads, "out_channels")):
+            gone = [index for left in removed(second, name) if left.what == what for index in left.indices]
+            kept.append(np.setdiff1d(np.arange(8), gone))
+        dense = before.module.get_parameter(f"{layer}.weight")
+        assert torch.equal(second.module.get_parameter(f"{layer}.weight"), dense[kept[0]][:, kept[1]])
+        assert kept[1].tolist() == kept[2].tolist() and len(kept[0]) == 3
+    conv1 = removed(first, "blocks.0.conv1")[0]
+    norms = before.module.get_parameter("blocks.0.conv1.weight").detach().abs().sum((1, 2, 3))
+    assert conv1.why == "selected" and sorted(norms.argsort()[:2].tolist()) == list(conv1.indices)
+    assert conv1.scores == pytest.approx(norms[list(conv1.indices)].tolist(), rel=1e-4)
+    assert conv1.least_kept == pytest.approx(float(norms.sort().values[2]), rel=1e-4)
+
+
+def test_ranges() -> None:
+    assert ranges([0, 2, 3, 4, 9]) == "0, 2-4, 9"
+    assert ranges(range(0, 100, 2), 3) == "0, 2, 4 and 47 more"
 
 
 @pytest.mark.parametrize(("layer", "help_"), [

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ..diagnostics import CaptureError, Diagnostic
 from .assemble import assemble
@@ -16,6 +16,7 @@ from .captured import Captured, Example
 from .dynamic import UntraceableError
 from .probe import Fakes, quiet
 from .propagate import device_of
+from .provenance import recall
 from .trace import Traced, trace
 from .tree import clone_model, meta
 from .values import BatchFixedError
@@ -36,6 +37,8 @@ def capture(
 
     With `skeleton` no weight is copied: those of the result are on `meta`, which is all that planning needs.
 
+    A GraphModule that passes have rewritten keeps its provenance.
+
     The result follows `.train()` and `.eval()`, has the model's `state_dict` keys and mode, and returns plain
     containers: mappings and dataclasses (the outputs of transformers) become dicts, named tuples become tuples.
 
@@ -45,7 +48,10 @@ def capture(
     _check_model(model)
     example = as_example(example_inputs)
     with quiet():
-        return _capture(model, example, bind_inputs(model, example), way, meta if skeleton else Tensor.clone)
+        captured = _capture(model, example, bind_inputs(model, example), way, meta if skeleton else Tensor.clone)
+    if isinstance(model, fx.GraphModule):
+        recall(captured.graph, model.graph)
+    return captured
 
 
 def _capture(

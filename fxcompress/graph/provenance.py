@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy.typing as npt
 from torch import fx
 
 from .captured import Left, Origin
+from .ops import kind_of
 from .site import Site
 
 if TYPE_CHECKING:
@@ -51,6 +53,27 @@ def survivors(node: fx.Node, what: str, size: int) -> npt.NDArray[np.int64]:
     """The numbers that the `size` indices of the dimension `what` of `node` had when it was captured."""
     gone = [index for left in removed(node, what) for index in left.indices]
     return np.delete(np.arange(size + len(gone)), gone)
+
+
+def recall(graph: fx.Graph, captured_before: fx.Graph) -> None:
+    """Give the nodes of `graph`, captured anew from the GraphModule of `captured_before`, what those of the same name
+    and target (of the same module, for modules) remember: their provenance and their line in the model's source."""
+    def key(node: fx.Node) -> tuple[str, str]:
+        return node.op, str(node.target if node.op == "call_module" else node.name)
+
+    known: dict[tuple[str, str], fx.Node] = {}
+    for node in captured_before.nodes:
+        known.setdefault(key(node), node)
+    for node in graph.nodes:
+        old = known.get(key(node))
+        if old is None or kind_of(old) != kind_of(node):
+            continue
+        if old.meta.get("origins"):
+            node.meta["origins"] = origins_of(old)
+        source = getattr(old.meta.get("fxc"), "source", "")
+        if source and "fxc" in node.meta:
+            node.meta["source"] = source
+            node.meta["fxc"] = replace(node.meta["fxc"], source=source)
 
 
 def inherit(new: fx.Node, old: fx.Node) -> None:

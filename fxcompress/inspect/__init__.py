@@ -6,6 +6,7 @@ from .diff import Diff as Diff
 from .diff import diff as diff
 from .explain import Explanation as Explanation
 from .explain import explain as explain
+from .explain import removed as removed
 from .graphs import show_graph as show_graph
 from .html import html_page as html_page
 from .report import Report as Report

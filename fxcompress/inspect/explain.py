@@ -9,11 +9,11 @@ from itertools import groupby
 from typing import Any
 
 from ..diagnostics import ArtifactError, Diagnostic, nearest
-from ..graph.captured import Origin
+from ..graph.captured import Left, Origin
 from ..render import clean
 from .layers import Layer, Snapshot
 from .rows import Model, open_model, plan_of
-from .text import count, macs
+from .text import count, macs, ranges
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Explanation:
         for number, rule in enumerate(self.rules(), 1):
             first = rule[0]
             lines += ["", f"  {number}. {first.verb}, phase {first.phase}, {first.place}", f"     {first.line}",
-                      *(f"     {origin.detail}" for origin in rule)]
+                      *(line for origin in rule for line in _told(origin))]
             own = self.layer.name if self.layer is not None else ""
             was = dict.fromkeys(name for origin in rule for name in origin.was if name != own)
             if was:
@@ -69,6 +69,25 @@ class Explanation:
 
     def _repr_html_(self) -> str:
         return f"<pre>{escape(self.show())}</pre>"
+
+
+def _told(origin: Origin) -> list[str]:
+    """What one entry did; for a removal which indices left, why, and what they scored beside those that stay."""
+    left = origin.left
+    if left is None:
+        return [f"     {origin.detail}"]
+    lines = [f"     {origin.detail}, {left.why}", f"       gone of the first {left.size:,}: {ranges(left.indices)}"]
+    if left.scores:
+        beside = f"; what stays scores {left.least_kept:.4g} or more" if left.least_kept is not None else ""
+        lines.append(f"       by {left.by} they score {min(left.scores):.4g} to {max(left.scores):.4g}{beside}")
+    return lines
+
+
+def removed(model: Model, layer: str) -> tuple[Left, ...]:
+    """Which indices of `layer` left, one entry for each removal and dimension ("out_channels", "in_features"), oldest
+    first, in the numbering of the model as it was captured, with what the criterion gave each and why it left. Raises
+    as `explain`."""
+    return tuple(origin.left for origin in explain(model, layer).origins if origin.left is not None)
 
 
 def explain(model: Model, layer: str) -> Explanation:

@@ -34,6 +34,19 @@ def change(before: int, after: int) -> str:
     return f"{(after - before) / before:+.1%}" if before else ""
 
 
+def ranges(numbers: Sequence[int], limit: int = 24) -> str:
+    """Rising whole numbers, neighbours together: `0, 3-7, 12`; those beyond `limit` such pieces are counted."""
+    pieces: list[list[int]] = []
+    for number in numbers:
+        if pieces and number == pieces[-1][-1] + 1:
+            pieces[-1].append(number)
+        else:
+            pieces.append([number])
+    shown = [f"{piece[0]}-{piece[-1]}" if len(piece) > 1 else str(piece[0]) for piece in pieces[:limit]]
+    rest = sum(map(len, pieces[limit:]))
+    return ", ".join(shown) + (f" and {rest:,} more" if rest else "")
+
+
 def sparsity(row: Layer | Sizes) -> str:
     """The share of zeros among the weights: `60.0%`; a dash where there are none or their values aren't known."""
     return NO_FIGURE if row.zeros is None or not row.weights else f"{row.zeros / row.weights:.1%}"
