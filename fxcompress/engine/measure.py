@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from ..diagnostics import Diagnostic, Label
 from ..graph.captured import Captured, Example
+from ..graph.interpret import evaluating
 from ..graph.ops import parameter_names
 from ..graph.select import Bound, Lets, select
 from ..plan.build import totals_of
@@ -63,19 +63,6 @@ class Baseline:
         if "unchanged" in metrics:
             kept.weights = {name: value.detach().clone() for name, value in captured.module.state_dict().items()}
         return kept
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Inside, `module` is in evaluation mode and no gradients are kept."""
-    modes = {child: child.training for child in module.modules()}
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for child, mode in modes.items():
-            child.training = mode
 
 
 def latency(module: nn.Module, example: Example) -> float:

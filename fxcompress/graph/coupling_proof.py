@@ -22,6 +22,7 @@ from .captured import Captured, Example
 from .coupling import Coupling
 from .coupling_edit import Kept, kept_of
 from .coupling_flow import Consumed
+from .interpret import evaluating, values_of
 
 TOLERANCE = 1e-4  # relative to the largest number of a value, in float32
 TOLERANCE_64 = 1e-9
@@ -69,15 +70,14 @@ def _compare(original: Captured, rewritten: Captured, coupling: Coupling, gone: 
     modules = (original.module, rewritten.module)
     worst = 0.0
     with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
         for module in modules:
             stack.enter_context(_precision(module, dtype))
-            stack.enter_context(_evaluating(module))
+            stack.enter_context(evaluating(module))
         masks = stack.enter_context(_zeroed(original.module, coupling, gone))
         shared = {node.name for node in original.graph.nodes} & {node.name for node in rewritten.graph.nodes}
-        found = ((node.name, value) for node, value in _values(fx.Interpreter(rewritten.module), inputs)
+        found = ((node.name, value) for node, value in values_of(fx.Interpreter(rewritten.module), inputs)
                  if node.name in shared)
-        for node, value in _values(_Masked(original.module, masks), inputs):
+        for node, value in values_of(_Masked(original.module, masks), inputs):
             if node.name in shared:
                 name, other = next(found)
                 assert name == node.name, f"{name} and {node.name} are out of step"
@@ -85,16 +85,6 @@ def _compare(original: Captured, rewritten: Captured, coupling: Coupling, gone: 
                 apart = difference(value, other) if node.op == "output" else _kept(value, other, labels, gone)
                 worst = max(worst, apart)
     return Proof(worst, dtype or torch.float32)
-
-
-def _values(run: fx.Interpreter, inputs: list[Any]) -> Iterator[tuple[fx.Node, Any]]:
-    """Every node with its value, each kept only as long as others need it."""
-    run.args_iter = iter(inputs)
-    for node in run.module.graph.nodes:  # type: ignore[union-attr]
-        run.env[node] = run.run_node(node)
-        yield node, run.env[node]
-        for dead in run.user_to_last_uses.get(node, ()):
-            del run.env[dead]
 
 
 def _kept(expected: Any, found: Any, labels: Any, gone: Kept) -> float:
@@ -150,18 +140,6 @@ def _inputs(captured: Captured, example: Example, dtype: torch.dtype | None) -> 
 
 def _cast(value: Any, dtype: torch.dtype | None) -> Any:
     return value.to(dtype) if dtype is not None and isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and afterwards every module in the mode it was in."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
 
 
 @contextmanager

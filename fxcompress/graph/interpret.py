@@ -1,0 +1,44 @@
+"""Running a captured graph node by node, for what its values say of it."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients, and afterwards every module in the mode it was in."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+
+
+def values_of(run: fx.Interpreter, inputs: Sequence[Any],
+              wanted: Container[fx.Node] | None = None) -> Iterator[tuple[fx.Node, Any]]:
+    """Every node (of those `wanted`, which must hold all inputs of each) with its value, in graph order; `inputs` are
+    those of all placeholders. A value is kept only as long as others need it. Each run starts anew."""
+    nodes = [node for node in run.module.graph.nodes  # type: ignore[union-attr]
+             if wanted is None or node in wanted or node.op == "placeholder"]
+    last: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
+        for source in (node, *node.all_input_nodes):
+            last[source] = node
+    ends: dict[fx.Node, list[fx.Node]] = {}
+    for source, user in last.items():
+        ends.setdefault(user, []).append(source)
+    run.env, run.args_iter = {}, iter(inputs)
+    for node in nodes:
+        run.env[node] = run.run_node(node)
+        yield node, run.env[node]
+        for dead in ends.get(node, ()):
+            del run.env[dead]
