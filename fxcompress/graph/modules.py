@@ -108,15 +108,18 @@ def module_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[s
     inputs: dict[str, Any] = {name: _INPUT_DEFAULTS.get(name) for name in leaf.inputs}
     inputs.update(zip(leaf.inputs, args, strict=False))
     inputs.update(kwargs)
-    tensors = {name: _tensor(module, name) for name in leaf.tensors}
-    return {**inputs, **tensors, **{name: getattr(module, name) for name in leaf.settings}}
+    chains = module._modules.get("parametrizations")
+    for name in leaf.tensors:
+        inputs[name] = getattr(module, name) if chains is None else _tensor(module, name, chains)
+    for name in leaf.settings:
+        inputs[name] = getattr(module, name)
+    return inputs
 
 
-def _tensor(module: nn.Module, name: str) -> Any:
-    """The attribute `name` of `module`; a parametrized one is computed as in evaluation, which changes no state (in
-    training a spectral norm takes a step whenever its weight is read)."""
-    chains = getattr(module, "parametrizations", None)
-    if chains is None or name not in chains:
+def _tensor(module: nn.Module, name: str, chains: Any) -> Any:
+    """The attribute `name` of `module`; one with a parametrization among `chains` is computed as in evaluation, which
+    changes no state (in training a spectral norm takes a step whenever its weight is read)."""
+    if name not in chains:
         return getattr(module, name)
     modes = {part: part.training for part in chains[name].modules()}
     chains[name].eval()

@@ -74,8 +74,19 @@ class Op:
         """The canonical parameters, in order."""
         return parse_signature(self.signature)
 
+    @cached_property
+    def _defaults(self) -> dict[str, Any]:
+        """The default of each parameter by name, in order; empty where one collects the rest."""
+        return {} if any(p.many for p in self.params) else {p.name: p.default for p in self.params}
+
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Every argument by its canonical name, defaults filled in. Raises TypeError if they don't fit."""
+        if not self._defaults:
+            return bind(self.params, args, kwargs, self.name)
+        values = {**self._defaults, **dict(zip(self._defaults, args, strict=False)), **kwargs}
+        if len(args) <= len(self._defaults) == len(values) and all(v is not REQUIRED for v in values.values()) and not (
+                kwargs and kwargs.keys() & tuple(self._defaults)[: len(args)]):
+            return values  # the common case; what is left is rare, or wrong
         return bind(self.params, args, kwargs, self.name)
 
     def normal(self, values: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
