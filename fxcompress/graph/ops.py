@@ -75,7 +75,7 @@ def module_of(node: fx.Node) -> nn.Module:
 
 
 def submodule(root: nn.Module, path: str) -> nn.Module:
-    """`root.get_submodule(path)`, several times as fast: graphs ask for it often. Raises AttributeError as that does."""
+    """`root.get_submodule(path)`, several times as fast. Raises AttributeError where that does."""
     module: nn.Module | None = root
     for name in path.split(".") if path else ():
         module = module._modules.get(name) if module is not None else None
