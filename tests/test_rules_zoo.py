@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fxcompress.backends.artifact import from_files, to_files
 from fxcompress.diagnostics import PlanError
 from fxcompress.graph.apply import carry_out
 from fxcompress.graph.capture import capture
 from fxcompress.graph.captured import Captured
 from fxcompress.graph.site import Outcome, Site
+from fxcompress.nn import Reorder
 from fxcompress.passes.remove import Remove
 
 
@@ -135,3 +137,40 @@ def test_modules_that_work_in_place_no_longer_do() -> None:
     assert not captured.module.get_submodule("drop").inplace
     assert model.drop.inplace
     removed(model, x)
+
+
+class _Shuffled(nn.Module):
+    """Two groups of channels, interleaved (as in ShuffleNet), by one of the ways to write it."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.first, self.last, self.way = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1), way
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        n, c, h, w = x.shape
+        if self.way == "view":
+            x = x.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, c, h, w)
+        elif self.way == "unflatten":
+            x = x.unflatten(1, (2, -1)).permute(0, 2, 1, 3, 4).flatten(1, 2)
+        else:
+            x = nn.functional.channel_shuffle(x, 2)
+        return self.last(x)
+
+
+@pytest.mark.parametrize("way", ["view", "unflatten", "function"])
+@pytest.mark.parametrize(("strong", "regular"), [([0, 3, 4, 7], True), ([0, 1, 2, 5], False)])
+def test_a_channel_shuffle_ties_no_channels(way: str, strong: list[int], regular: bool) -> None:
+    torch.manual_seed(0)
+    model, x = _Shuffled(way), torch.randn(2, 3, 4, 4)
+    model.first.weight.data[strong] *= 100
+    thin, _ = removed(model, x)
+    assert torch.equal(thin.module.get_parameter("first.weight"), model.first.weight[strong])
+    order = nn.functional.channel_shuffle(torch.arange(8.0).reshape(1, 8, 1, 1), 2).flatten().long().tolist()
+    columns = [place for place, channel in enumerate(order) if channel in strong]
+    assert torch.equal(thin.module.get_parameter("last.weight"), model.last.weight[:, columns])
+    moved = [m.order for m in thin.module.modules() if isinstance(m, Reorder)]
+    assert moved == ([] if regular else [tuple(strong.index(order[place]) for place in columns)])
+    loaded = from_files(to_files(thin.module), torch.device("cpu"))
+    torch.testing.assert_close(loaded(x), thin.module(x), rtol=0, atol=0)
+    assert list(thin.module.state_dict()) == list(model.state_dict())

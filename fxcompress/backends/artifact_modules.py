@@ -17,7 +17,7 @@ from torch import nn
 from torchvision.ops import StochasticDepth
 
 from ..graph.modules import keeps_forward, leaf_of
-from ..nn import ByMode, Mask
+from ..nn import ByMode, Mask, Reorder
 from .artifact_json import Cursor, fail, printable, reason
 from .artifact_values import UnsaveableError
 
@@ -45,6 +45,10 @@ def _numbers(cursor: Cursor) -> int | tuple[int, ...]:
     if isinstance(cursor.value, list):
         return tuple(item.integer() for item in cursor.items(16))
     return cursor.integer()
+
+
+def _places(cursor: Cursor) -> tuple[int, ...]:
+    return tuple(item.integer() for item in cursor.items(2**20))
 
 
 def _numbers_or_text(cursor: Cursor) -> int | tuple[int, ...] | str:
@@ -126,6 +130,7 @@ def _rows() -> Iterable[SavedClass]:
     yield SavedClass(StochasticDepth, {"p": REAL, "mode": WORD})
     yield SavedClass(Mask, {"shape": Argument(_numbers, lambda m: tuple(cast(Mask, m).mask.shape)),
                             "evidence": Argument(lambda c: c.choice(EVIDENCE), lambda m: m.collects)})
+    yield SavedClass(Reorder, {"dim": WHOLE, "order": Argument(_places)})
     yield SavedClass(ByMode, {"train_value": Argument(_constant), "eval_value": Argument(_constant)})
 
 

@@ -101,6 +101,7 @@ class Flow:
     consumed: list[Consumed] = field(default_factory=list)
     heads: list[tuple[Labels, Dim]] = field(default_factory=list)  # (labels of an attention axis, of the whole)
     grouped: dict[fx.Node, str] = field(default_factory=dict)  # "whole" groups leave, or the same "offset" in each
+    shuffles: dict[fx.Node, Any] = field(default_factory=dict)  # `Shuffle` by its first and its last node
     pieces: list[Labels] = field(default_factory=list)  # parts cut out of a dimension, which mustn't become empty
     weak: list[int] = field(default_factory=list)  # starts and ends of label ranges that only repeat a constant
 

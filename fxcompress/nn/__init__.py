@@ -4,3 +4,4 @@ from __future__ import annotations
 
 from .mask import Mask as Mask
 from .mode import ByMode as ByMode
+from .reorder import Reorder as Reorder

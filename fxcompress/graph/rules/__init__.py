@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from . import attention, contract, convolution, create, elementwise, index, layout, norm, recurrent, reduce, reshape
+from . import (
+    attention,
+    contract,
+    convolution,
+    create,
+    elementwise,
+    index,
+    layout,
+    norm,
+    recurrent,
+    reduce,
+    reshape,
+    shuffle,
+)
 
 __all__ = ["attention", "contract", "convolution", "create", "elementwise", "index", "layout", "norm", "recurrent",
-           "reduce", "reshape"]
+           "reduce", "reshape", "shuffle"]

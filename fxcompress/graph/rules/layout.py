@@ -198,18 +198,6 @@ def meshgrid(flow: Flow, node: fx.Node, args: Mapping[str, Any]) -> Value:
     raise NoRuleError("makes coordinates of it")
 
 
-@rule("channel_shuffle")
-def channel_shuffle(flow: Flow, node: fx.Node, args: Mapping[str, Any]) -> Value:
-    """`(groups, n)` becomes `(n, groups)` along dimension 1; the same offset leaves every group."""
-    dims = flow.of(args["input"])
-    labels, groups = dims[1], args["groups"]
-    if labels is None:
-        return dims
-    row = labels.reshape(groups, -1)[0]
-    flow.tie(np.tile(row, groups), labels)
-    return (dims[0], np.repeat(row, groups), *dims[2:])
-
-
 @rule("pixel_shuffle")
 def pixel_shuffle(flow: Flow, node: fx.Node, args: Mapping[str, Any]) -> Value:
     """Each r·r consecutive channels become one."""

@@ -16,7 +16,8 @@ from torch import fx
 
 from ..coupling_edit import Edit, resize
 from ..coupling_flow import Dim, Dims, Flow, Value, rule, shape_of
-from ..ops import kind_of
+from ..ops import arguments, kind_of
+from . import shuffle
 
 # What a value may pass between the split of its heads and their attention.
 _TRANSPARENT = frozenset((
@@ -32,7 +33,15 @@ _LOOKAHEAD = 24
 def reshape(flow: Flow, node: fx.Node, args: Mapping[str, Any]) -> Value:
     """Any change of shape that keeps the order of the data."""
     source = args["input"]
-    return reshaped(flow, flow.of(source), shape_of(source), shape_of(node))
+    dims = flow.of(source)
+    if node in flow.shuffles:
+        found = flow.shuffles[node]
+        return shuffle.merged(found, flow.of(arguments(found.first)["input"]))
+    begun = shuffle.begun_at(node) if len(shape_of(node)) > len(dims) else None
+    if begun is not None and dims[begun.dim] is not None:
+        flow.shuffles.update({begun.first: begun, begun.last: begun})
+        return shuffle.split(flow, begun, dims)
+    return reshaped(flow, dims, shape_of(source), shape_of(node))
 
 
 def reshaped(flow: Flow, dims: Dims, old: tuple[int, ...], new: tuple[int, ...]) -> Dims:
@@ -177,6 +186,8 @@ def _kind(node: fx.Node) -> str:
 @resize("reshape")
 def resize_reshape(edit: Edit, node: fx.Node, args: Mapping[str, Any]) -> None:
     """Sizes follow the labels of the result."""
+    if shuffle.straightened(edit, node):
+        return
     given = args["shape"]
     given = tuple(given) if isinstance(given, tuple | list) else (given,)
     spelled = _spelled(edit, node, given)
@@ -201,6 +212,8 @@ def _spelled(edit: Edit, node: fx.Node, given: tuple[Any, ...]) -> tuple[Any, ..
 @resize("unflatten")
 def resize_unflatten(edit: Edit, node: fx.Node, args: Mapping[str, Any]) -> None:
     """Sizes follow the labels of the parts."""
+    if shuffle.straightened(edit, node):
+        return
     sizes = tuple(args["sizes"])
     place = args["dim"] % len(shape_of(args["input"]))
     new = edit.sizes(node, sizes, edit.of(node)[place : place + len(sizes)])
