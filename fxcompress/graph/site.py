@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor, fx
 
-from ..policy.values import Duration, Ramp
+from ..policy.values import Duration, Ramp, Window
 from ..source import Span
+
+if TYPE_CHECKING:
+    from ..passbase import Pass
+
+Cuts = tuple[tuple[int, Tensor], ...]  # what a removal left of a tensor: (dimension, kept indices) of each it took from
+if TYPE_CHECKING:
+    from .calibration import Calibration
 
 UNKNOWN_WEIGHTS = "(known after weights)"
 
@@ -24,6 +31,7 @@ class Site:
     phase: str = "(start)"
     selection: str = ""  # the selector's text, for messages
     seed: int = 0
+    calibration: Calibration | None = None  # inputs to run the graph on; None in a plan, and where none are given
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,24 @@ class Change:
     before: str
     after: str  # may be UNKNOWN_WEIGHTS
     why: str = ""  # "selected", "coupled by add at resnet.py:102", ...
+
+
+class Companion(Protocol):
+    """What goes along with a number that moves: it follows parameters that are cut, and may act on the weights after
+    each training step until the number has reached its end."""
+
+    def trained(self, times: int, rate: Callable[[Tensor], float]) -> None:
+        """A training step was done; `times` of `every` have passed since the phase began, and `rate` is the learning
+        rate of a parameter (0 for one that isn't trained)."""
+
+    def cut(self, resized: Mapping[str, Cuts]) -> None:
+        """Parameters and buffers of these names were cut."""
+
+    def state(self) -> Mapping[str, Any]:
+        """For a checkpoint."""
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take up a checkpoint's."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +77,23 @@ class Scheduled:
     every: Duration | None = None  # None: every step for a ramp, once for a constant
     rewind: Literal["initial"] | Duration | None = None  # where all weights go back to after each write
     written: bool = False  # the rewrite has written the first value itself
+    companion: Companion | None = None
+
+
+@dataclass(frozen=True)
+class Rewriting:
+    """A number that moves in training by rewriting the graph: at the times of `every` the engine carries out the pass
+    that `at(value)` gives, on the nodes of the same site; None says that nothing changes.
+
+    Where `ready` says False (no gradients have been seen yet), it is tried again at the next step.
+    """
+
+    name: str
+    ramp: Ramp | float
+    at: Callable[[float], Pass | None]
+    ready: Callable[[], bool]
+    every: Duration | None = None
+    companion: Companion | None = None
 
 
 @dataclass(frozen=True)
@@ -61,5 +104,6 @@ class Outcome:
     notes: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()  # what `plan` prints as known after weights
     scheduled: tuple[Scheduled, ...] = ()
-    resized: Mapping[Tensor, tuple[tuple[int, Tensor], ...]] = field(default_factory=dict)
+    rewriting: tuple[Rewriting, ...] = ()
+    resized: Mapping[Tensor, Cuts] = field(default_factory=dict)
     """For each parameter that got smaller in place: its (dimension, kept indices), so that optimizer state follows."""

@@ -7,6 +7,7 @@ binds when the action's turn comes. Nodes are remembered by name, which copies a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 
 from torch import fx
 
@@ -94,7 +95,7 @@ class Binder:
         if action.selector is not None and not kept:
             return None
         selection = action.selector.span.text if action.selector is not None else ""
-        return Site(kept, action.what, action.span, phase.name, selection)
+        return Site(kept, action.what, action.span, phase.name, selection, window=phase.window)
 
     def _nodes(self, action: Action, optional: bool) -> tuple[fx.Node, ...] | None:
         selector = action.selector
@@ -128,15 +129,27 @@ class Binder:
             secondary=(Label(self.policy.lets[ref.name].span, "bound here, before anything was rewritten"),),
             notes=tuple(notes), help="select what is there now with a selector in the action, or say `optional`")
 
-    def carry_out(self, step: Step, site: Site) -> Outcome:
-        """Run `step` at `site`, verify, and follow the nodes of every `let`. Raises what `apply.carry_out` does."""
+    def on(self, captured: Captured) -> Binder:
+        """The same selections on a copy of the graph; what is wrong there goes to a sink of its own."""
+        other = copy(self)
+        other.captured, other.sink, other.raises, other._selecting = captured, Sink(), False, None
+        other.broken, other.fates = set(self.broken), dict(self.fates)
+        other._follow()
+        return other
+
+    def _follow(self) -> None:
+        self.lets = {name: Bound(self.captured.nodes_named(names), self.policy.lets[name])
+                     for name, names in self.names.items()}
+        self._selecting = None
+
+    def carry_out(self, step: Step, site: Site, checked: bool = True) -> Outcome:
+        """Run `step` at `site`, verify (unless not `checked`), and follow the nodes of every `let`. Raises what
+        `apply.carry_out` does."""
         before = {node.name for node in self.captured.graph.nodes}
-        outcome = carry_out(self.captured, step.pass_, site)
+        outcome = carry_out(self.captured, step.pass_, site) if checked else step.pass_.rewrite(self.captured, site)
         now = {node.name for node in self.captured.graph.nodes}
         where = f"`{step.action.verb} {site.selection}`, {step.action.span}"
         self.fates.update({name: where for name in before - now
                            if not self.captured.nodes_named([name])})
-        self.lets = {name: Bound(self.captured.nodes_named(names), self.policy.lets[name])
-                     for name, names in self.names.items()}
-        self._selecting = None
+        self._follow()
         return outcome

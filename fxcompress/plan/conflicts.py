@@ -8,7 +8,7 @@ An action writes its facet of every node it selects, and of what is coupled to t
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
@@ -95,7 +95,7 @@ class Ledger:
         kept = tuple(node for node in site.nodes if node not in dropped)
         for node in kept:
             self.selected.setdefault(node.name, []).append(Write(step, node.name))
-        return Site(kept, site.what, site.span, site.phase, site.selection, site.seed)
+        return replace(site, nodes=kept)
 
     def _settle(self, step: Step, pairs: list[tuple[fx.Node, Write]]) -> None:
         """Two steps that both select some nodes: one overrides, or it is an error."""
