@@ -7,17 +7,18 @@ module keeps torch out of its top level and imports its rewrite inside `rewrite`
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from enum import StrEnum
 from functools import cached_property
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 from .diagnostics import Diagnostic, FxcError
 from .policy.types import ValueType
 
 T = TypeVar("T")
+SizesFrom = Literal["shapes", "weights", "training"]
 
 if TYPE_CHECKING:
     from .graph.captured import Captured
@@ -72,6 +73,7 @@ class Pass:
     pairs: ClassVar[bool] = False  # takes `pair student <- teacher { ... }` in its block
     pair_params: ClassVar[tuple[Param, ...]] = ()  # the settings of a pair
     takes_teacher: ClassVar[bool] = False  # takes `from teacher`, and may do without a selector
+    lever: ClassVar[str] = ""  # the share that the planner solves from the policy's budgets where it is left out
 
     def __post_init__(self) -> None:
         """Check and convert every parameter: Python values and texts in the policy's syntax alike (`"60%"`). Raises
@@ -92,16 +94,41 @@ class Pass:
             for f in fields(cls) if "type" in f.metadata
         )
 
+    @property
+    def free(self) -> bool:
+        """Whether its lever was left out, so that it has to be solved before the pass can run."""
+        return bool(self.lever) and getattr(self, self.lever) is None
+
+    def with_share(self, share: float, spread: float) -> Pass:
+        """This pass with its lever at `share`. Passes that round may let `spread`, in [0, 1), say how ties are broken,
+        so that sizes which would all change at one share change at slightly different ones."""
+        return replace(self, **{self.lever: share})
+
+    def untested(self) -> Pass:
+        """This pass without the checks of its own result that take time: for searches, whose results are dropped."""
+        return self
+
+    def sizes_from(self) -> SizesFrom:
+        """What decides how much the pass leaves of each layer: shapes alone, the values of weights too, or what only
+        training or data give (gradients, responses)."""
+        return "shapes"
+
     def rewrite(self, graph: Captured, site: Site) -> Outcome:
         """Rewrite `graph` in place on `site`; raise FxcError with a diagnostic where that can't be done."""
         raise NotImplementedError
 
-    def apply(self, captured: Captured, selector: str = "*", what: str | None = None) -> Captured:
+    def data_need(self) -> str:
+        """Which of its settings can't do without calibration data (`by = activation`); empty if all can."""
+        return ""
+
+    def apply(self, captured: Captured, selector: str = "*", what: str | None = None, *,
+              calibration: object = None) -> Captured:
         """A copy of `captured` with this pass applied to what `selector` (a text in the policy language) selects,
-        verified. Values that change in time (ramps) are applied at their end."""
+        verified. Values that change in time (ramps) are applied at their end. `calibration` is an iterable of batches,
+        as in `compile`."""
         from .graph.apply import apply_pass
 
-        return apply_pass(self, captured, selector, what)
+        return apply_pass(self, captured, selector, what, calibration)
 
 
 class Registry(Generic[T]):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from fxcompress.passbase import Facet, Pass, param
+from fxcompress.passbase import Facet, Pass, SizesFrom, param
 from fxcompress.policy.types import Boolean, Choice, Integer, Percent, Registered
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ class Remove(Pass):
         "embedding": "the residual stream: channels that adds `x + f(x)` carry from block to block",
     }
 
-    ratio: float = param(Percent(), "share of the selected channels to remove")
+    ratio: float = param(Percent(), "share of the selected channels to remove; left out, the planner finds the one with "
+                         "which the policy's budgets are just met", None)
     by: str = param(Registered("CRITERIA"), "what the least important channels are least in", "l2")
     align: int = param(Integer(low=1), "round the channels left in a layer to the nearest multiple of this", 1)
     scope: str = param(Choice(("local", "global", "isomorphic")), "rank within each group of coupled layers, or over "
@@ -46,9 +47,28 @@ class Remove(Pass):
     exact: bool = param(Boolean(), "refuse where a normalisation over the removed dimension makes it inexact", False)
     verify: str = param(Choice(("on", "off")), "prove the result equal to the model with those channels zeroed", "on")
     seed: int = param(Integer(low=0), "seed of `by = random`", 0)
+    spread: float | None = field(default=None, repr=False)  # of a solved ratio: see `Ranking`; no parameter
+
+    lever: ClassVar[str] = "ratio"
+
+    def with_share(self, share: float, spread: float) -> Remove:
+        """This pass with `ratio = share`; `spread` lets groups of channels of one size round at different ratios."""
+        return replace(self, ratio=share, spread=spread)
+
+    def untested(self) -> Remove:
+        """This pass without its proof."""
+        return replace(self, verify="off")
+
+    def sizes_from(self) -> SizesFrom:
+        """Groups that are ranked together leave as many channels as their scores say."""
+        if self.scope == "local":
+            return "shapes"
+        from fxcompress.passes.shared.criteria import criterion_of
+
+        return "weights" if criterion_of(self.by).needs in ("weights", "scales") else "training"
 
     def rewrite(self, graph: Captured, site: Site) -> Outcome:
-        """Remove from the layers of `site`. Raises PlanError (FXC0304, FXC0340 to FXC0344) where that can't be done,
+        """Remove from the layers of `site`. Raises PlanError (FXC0304, FXC0340 to FXC0345) where that can't be done,
         and RewriteError (FXC0541) where the result would be wrong; then `graph` is as it was."""
         from fxcompress.passes.shared.removing import remove
 

@@ -158,7 +158,7 @@ def planned_small() -> Plan:
 def test_json_of_another_kind_is_refused() -> None:
     data = json.loads(planned_small().to_json())
     wrong: list[dict[str, Any]] = [
-        {**data, "fxcompress_plan": 2}, {**data, "more": 1}, {key: data[key] for key in data if key != "steps"},
+        {**data, "fxcompress_plan": 1}, {**data, "more": 1}, {key: data[key] for key in data if key != "steps"},
         {**data, "steps": {}}, {**data, "before": {"params": 1, "macs": 1, "bytes": "1"}}, {**data, "steps": [None]},
         {**data, "before": {"params": True, "macs": 1, "bytes": 1}}, {**data, "policy": None}, {**data, "notes": [1]}]
     for text in [*map(json.dumps, wrong), "", "[]", "null", "{", '"x"', "[" * 100_000, "NaN", "\0"]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..passbase import FACET_ORDER, VERBS, Pass
 from ..policy.model import Action, Phase, Policy
-from .model import Plan
+from .model import Plan, Solved
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,12 @@ class Step:
     action: Action
     pass_: Pass
     leaves: frozenset[str] = frozenset()
+    solved: Solved | None = None
+
+    def with_solved(self, solved: Solved) -> Step:
+        """This step with what was solved for it; with the forecast where that isn't known yet."""
+        share = solved.forecast if solved.share is None else solved.share
+        return replace(self, pass_=self.pass_.with_share(share, solved.spread), solved=solved)
 
 
 def ordered(policy: Policy) -> list[tuple[Phase, Action]]:
@@ -32,12 +38,14 @@ def _rank(action: Action) -> int:
     return FACET_ORDER.index(VERBS[action.verb].facet)
 
 
-def lower(policy: Policy, plan: Plan | Mapping[int, frozenset[str]] | None = None) -> tuple[Step, ...]:
-    """The steps of a policy whose parameters are all given. `plan` (or a mapping from step numbers to node names) says
-    what overridden actions leave alone; the engine hands in the plan it carries out."""
+def lower(policy: Policy, plan: Plan | Mapping[int, frozenset[str]] | None = None,
+          solved: Mapping[int, Solved] | None = None) -> tuple[Step, ...]:
+    """The steps of a policy whose parameters are all given. `plan` (or mappings from step numbers) says what overridden
+    actions leave alone, by names of nodes, and what was solved; the engine hands in the plan it carries out."""
     if isinstance(plan, Plan):
+        solved = {step.number: step.solved for step in plan.steps if step.solved is not None}
         plan = {step.number: frozenset(step.leaves) for step in plan.steps}
-    leaves = plan or {}
-    return tuple(
-        Step(number, phase, action, VERBS[action.verb](**action.values), leaves.get(number, frozenset()))
-        for number, (phase, action) in enumerate(ordered(policy), 1))
+    leaves, known = plan or {}, solved or {}
+    steps = [Step(number, phase, action, VERBS[action.verb](**action.values), leaves.get(number, frozenset()))
+             for number, (phase, action) in enumerate(ordered(policy), 1)]
+    return tuple(step.with_solved(known[step.number]) if step.number in known else step for step in steps)

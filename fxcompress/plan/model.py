@@ -18,7 +18,7 @@ from ..policy.model import Policy
 if TYPE_CHECKING:
     from ..graph.captured import Captured
 
-FORMAT = 1  # of the JSON; a plan of another format is refused
+FORMAT = 2  # of the JSON; a plan of another format is refused
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,22 @@ class Change:
 
 
 @dataclass(frozen=True)
+class Solved:
+    """A setting that the policy leaves to the planner: the share it was solved to, `spread` as in `Pass.with_share`,
+    and what for. `share` is None where it is solved only when the step is carried out; `forecast` is the one that the
+    plan goes on with until then."""
+
+    name: str
+    share: float | None
+    spread: float
+    why: str
+    forecast: float
+
+
+@dataclass(frozen=True)
 class PlannedStep:
-    """One action: what it selects, what it does, what is known only later.
+    """One action: what it selects, what it does, what is known only later. `solved` is set where the policy leaves it to
+    the planner how much.
 
     `nodes` are the names of the nodes it works on, `leaves` those it would and leaves to an overriding action; `left`
     are the layers of the latter.
@@ -88,6 +102,7 @@ class PlannedStep:
     notes: tuple[str, ...]
     unknown: tuple[str, ...]
     after: Totals
+    solved: Solved | None = None
 
 
 @dataclass(frozen=True)

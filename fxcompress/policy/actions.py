@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ..diagnostics import Fix, FxcError, Label, nearest
+from ..diagnostics import Diagnostic, Fix, FxcError, Label, nearest
 from ..source import Span
 from . import ast, model, schema, selector
 from .library import Preset
@@ -56,6 +56,19 @@ def check_action(action: ast.Action, context: Context) -> model.Action | None:
         "override" in modifiers, "optional" in modifiers,
         {**(preset.spans if preset is not None else {}), **found.spans},
     )
+
+
+def unsolvable(phases: Iterable[model.Phase]) -> Iterator[Diagnostic]:
+    """The actions of a policy without budgets that leave it to the planner how much they do."""
+    for action in (action for phase in phases for action in phase.actions):
+        cls = schema.verb(action.verb)
+        if cls is not None and cls.lever and cls.lever not in action.values:
+            example = next(parameter.type.example for parameter in cls.parameters() if parameter.name == cls.lever)
+            yield Diagnostic(
+                "FXC0146", f"`{action.verb}` has neither a `{cls.lever}` nor a budget to find it from",
+                Label(action.span, "how much?"),
+                help=f"add `{cls.lever} = {example}` to its block, or a budget to the policy: "
+                     "`budget macs <= 50% of dense`")
 
 
 def find_verb(verb: ast.Name, scope: Scope) -> type[Pass] | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from ..diagnostics import Diagnostic, Fix, Label, PolicyError, Sink, nearest
 from ..source import Source, Span
 from . import ast, model, selector
-from .actions import Context, check_action, find_verb, kinds_of
+from .actions import Context, check_action, find_verb, kinds_of, unsolvable
 from .conditions import read_budget, read_expect
 from .convert import PARAMETER_TYPES, Given, coerce, read_value
 from .kinds import INPUT_DTYPES, KINDS, TARGETS
@@ -193,6 +193,8 @@ class _Checker:
         budgets = [read_budget(item, self.scope) for item in items if isinstance(item, ast.Budget)]
         expects = [read_expect(item, self.scope) for item in items if isinstance(item, ast.Expect)]
         phases = self._phases(items, context)
+        if not any(isinstance(item, ast.Budget) for item in items):
+            self.sink.items.extend(unsolvable(phases))
         return model.Policy(name, self.source, self._target(items), self._inputs(items), bound, phases,
                             tuple(filter(None, budgets)), tuple(filter(None, expects)))
 

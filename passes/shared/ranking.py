@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Scores = npt.NDArray[np.float64]
 _ROUNDS = 8  # of the descent; it settles in a few
+_GOLDEN = (5**0.5 - 1) / 2
 _SLACK = 1e-9  # 0.3 * 10 is 3, whatever floating point says
 
 
@@ -51,9 +52,9 @@ class Ranking:
     def choose(self) -> Mask:
         """The components to remove, so that every layer keeps a channel, `min_channels`, and a multiple of `align`."""
         keep = self._local() if self.settings.scope == "local" else self._together()
-        for cluster, layers in zip(self.groups.clusters, self.groups.in_cluster, strict=True):
+        for place, (cluster, layers) in enumerate(zip(self.groups.clusters, self.groups.in_cluster, strict=True)):
             if len(cluster) == 1:
-                keep[cluster[0]] = self._aligned(cluster[0], layers, keep[cluster[0]])
+                keep[cluster[0]] = self._aligned(cluster[0], layers, self._asked(cluster[0], keep), self._tie(place))
         for members, count in zip(self.groups.members, keep, strict=True):
             order = members[np.argsort(self.scores[members], kind="stable")]
             self.doomed[order[: len(members) - count]] = True
@@ -65,17 +66,32 @@ class Ranking:
         sizes = [len(members) for members in self.groups.members]
         leaving = [min(self._cap(group), int(np.floor(size * self.settings.ratio + 0.5)))
                    for group, size in enumerate(sizes)]
-        for cluster, layers in zip(self.groups.clusters, self.groups.in_cluster, strict=True):
+        for place, (cluster, layers) in enumerate(zip(self.groups.clusters, self.groups.in_cluster, strict=True)):
             if len(cluster) > 1:
-                self._balance(cluster, layers, sizes, leaving)
+                moved = (self._tie(place) - 0.5) / max(sizes[group] for group in cluster)
+                self._balance(cluster, layers, sizes, leaving, min(1.0, max(0.0, self.settings.ratio + moved)))
         return [size - out for size, out in zip(sizes, leaving, strict=True)]
 
-    def _balance(self, cluster: list[int], layers: list[int], sizes: list[int], leaving: list[int]) -> None:
+    def _asked(self, group: int, keep: list[int]) -> float:
+        """How many of a group that stands alone are asked to stay; whole unless its ratio was solved."""
+        if self.settings.spread is None or self.settings.scope != "local":
+            return keep[group]
+        size = len(self.groups.members[group])
+        return max(size - self._cap(group), size * (1 - self.settings.ratio))
+
+    def _tie(self, place: int) -> float:
+        """From which part of a step on the cluster number `place` rounds up to more that leave. It is one half, but for
+        solved ratios another for each cluster: were they all the same, many clusters of one size would change at one
+        ratio, and no ratio would meet a budget closely (ordered dithering, by multiples of the golden ratio)."""
+        return 0.5 if self.settings.spread is None else (self.settings.spread + _GOLDEN * place) % 1.0
+
+    def _balance(self, cluster: list[int], layers: list[int], sizes: list[int], leaving: list[int],
+                 ratio: float) -> None:
         """Change `leaving` of groups that share layers, one at a time, to the least sum of squares over the layers of
         (share that leaves - ratio): coordinate descent, which small groups of many channels need."""
         parts = {group: [(number, self.groups.shares[number][group] / len(self.groups.layers[number].components))
                          for number in layers if group in self.groups.shares[number]] for group in cluster}
-        missing = dict.fromkeys(layers, -self.settings.ratio)
+        missing = dict.fromkeys(layers, -ratio)
         for number in layers:  # what can't leave isn't owed
             share = self.groups.shares[number]
             missing[number] *= sum(sizes[g] * each for g, each in share.items()) / len(
@@ -130,9 +146,9 @@ class Ranking:
         inside = self.groups.members[group]
         return inside[np.argsort(self.scores[inside], kind="stable")][: self._cap(group)]
 
-    def _aligned(self, group: int, layers: list[int], wanted: int) -> int:
-        """The number to keep nearest to `wanted` with which every layer of a group that stands alone keeps enough
-        channels, and a multiple of `align`; the larger of two as near."""
+    def _aligned(self, group: int, layers: list[int], wanted: float, tie: float) -> int:
+        """The number to keep next to `wanted` with which every layer of a group that stands alone keeps enough channels,
+        and a multiple of `align`: the smaller one below `tie` of the way between two, 0.5 being the nearest."""
         size = len(self.groups.members[group])
         options = np.arange(max(1, size - self._cap(group)), size + 1)
         valid = np.ones(len(options), dtype=np.bool_)
@@ -148,7 +164,10 @@ class Ranking:
                 self.notes.append(f"{path} stays as it is: no number of its channels{capped} is a multiple of "
                                   f"{self.settings.align}")
             return size
-        return int(options[valid][np.argmin(np.abs(options[valid] - wanted) - 1e-6 * options[valid])])
+        below, above = options[valid][options[valid] <= wanted], options[valid][options[valid] > wanted]
+        if not len(below) or not len(above):
+            return int(above[0] if len(above) else below[-1])
+        return int(below[-1] if wanted - below[-1] < tie * (above[0] - below[-1]) else above[0])
 
     def _keep_enough(self) -> None:
         """Bring the most important back where a dimension would be left empty, below `min_channels` or off `align`;

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 def remove(settings: Remove, captured: Captured, site: Site) -> Outcome:
     """Remove what `settings` asks for from the layers of `site`; see `Remove.rewrite`."""
     what = site.what or "channels"
+    if settings.free:
+        raise _error("FXC0345", "`ratio` is left out, and there is no budget to solve it from", site, [],
+                     "give the share to remove, `Remove(ratio=0.5)`; or run the pass in a policy with a `budget`")
     coupling = analyse(captured, "head_dim" if what == "head_dim" else "heads")
     layers = layers_of(coupling, site.nodes)
     wanted = _wanted(coupling, layers, what, site)
@@ -48,6 +51,8 @@ def remove(settings: Remove, captured: Captured, site: Site) -> Outcome:
         doomed = ranking.choose()
         notes += ranking.notes
     notes += shortfalls(settings, coupling, layers, wanted, doomed)
+    if not doomed.any() and settings.spread is not None:
+        return Outcome((), tuple(notes))
     if not doomed.any():
         raise _nothing(settings, coupling, layers, wanted, notes, site)
     notes += _inexact_notes(coupling, layers, doomed)
