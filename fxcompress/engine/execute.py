@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
-from torch import nn
+from torch import Tensor
 
-from ..graph.apply import carry_out
+from ..graph.apply import carry_gradients, carry_out
 from ..graph.captured import Captured
-from ..graph.site import Outcome, Scheduled, Site
+from ..graph.site import Companion, Cuts, Outcome, Rewriting, Scheduled, Site
 from ..plan import Binder, Plan, Step, lower
 from ..policy.model import Phase, Policy
 from .follow import Followers
+from .log import Entry, add_missing, other_graph, same_cuts
 from .rewind import Snapshots
 
 
 class Executor:
-    """The steps of one plan on one captured model. The module and its parameters stay the same objects throughout."""
+    """The steps of one plan on one captured model. The module and its parameters stay the same objects throughout.
+
+    `log` has every rewrite that was carried out; `past` what a checkpoint says of those that are to be repeated, by the
+    number of their step.
+    """
 
     def __init__(self, policy: Policy, plan: Plan, captured: Captured, *, snapshots: Snapshots, followers: Followers,
                  seed: int) -> None:
@@ -28,6 +34,10 @@ class Executor:
         self.snapshots, self.followers, self.seed = snapshots, followers, seed
         self.notes: list[str] = []
         self.careful = False  # rehearse each step on a copy: once the module is in use it must not break
+        self.log: list[Entry] = []
+        self.past: dict[int, Entry] = {}
+        self._sites: dict[int, Site] = {}  # of the steps whose numbers move by rewriting
+        self._companions: list[Companion] = []
 
     def begin(self, phase: Phase) -> Sequence[tuple[Step, Scheduled]]:
         """Carry out the steps of `phase`; returns what moves in it. Raises what its passes raise; outside of `compile`
@@ -38,25 +48,72 @@ class Executor:
                 continue
             site = self.binder.site(step.phase, step.action, step.leaves)
             if site is not None:
-                outcome = self._carry_out(step, replace(site, seed=self.seed))
-                moving.extend((step, scheduled) for scheduled in outcome.scheduled)
+                site = replace(site, seed=self.seed)
+                outcome = self._carry_out(step, site, None, self.past.pop(step.number, None))
+                moving.extend((step, scheduled) for scheduled in self._scheduled(step, site, outcome))
         return moving
 
-    def _carry_out(self, step: Step, site: Site) -> Outcome:
+    def _scheduled(self, step: Step, site: Site, outcome: Outcome) -> Iterator[Scheduled]:
+        yield from outcome.scheduled
+        for moved in outcome.rewriting:
+            self._sites[step.number] = site
+            if moved.companion is not None:
+                self._companions.append(moved.companion)
+            yield Scheduled(moved.name, moved.ramp, partial(self._write, step, moved), moved.every,
+                            companion=moved.companion)
+
+    def _write(self, step: Step, moved: Rewriting, value: float) -> bool:
+        """Rewrite the graph for a number that has come to `value`; False where that can't be done yet."""
+        if not moved.ready():
+            return False
+        pass_ = moved.at(value)
+        if pass_ is not None:
+            self._carry_out(replace(step, pass_=pass_), self._site(step.number), value)
+        return True
+
+    def repeat(self, entry: Entry) -> None:
+        """Do again what a checkpoint says was done as a number moved. Raises PlanError (FXC0528)."""
+        if entry.step not in self._sites:
+            raise other_graph()
+        step = next(step for step in self.steps if step.number == entry.step)
+        self._carry_out(step, self._site(entry.step), entry.value, entry)
+
+    def _site(self, number: int) -> Site:
+        """Where a step began to work, in the graph as it is now."""
+        site = self._sites[number]
+        return replace(site, nodes=self.captured.nodes_named(node.name for node in site.nodes))
+
+    def _carry_out(self, step: Step, site: Site, value: float | None, past: Entry | None = None) -> Outcome:
+        if past is not None and past.kept:
+            site = replace(site, kept=past.kept)
         if self.careful:
             trial = self.captured.copy()
             carry_gradients(self.captured.module, trial.module)
             carry_out(trial, step.pass_, replace(site, nodes=trial.nodes_named(node.name for node in site.nodes)))
         self.followers.look()
+        names = self._names()
         outcome = self.binder.carry_out(step, site)
-        self.snapshots.cut(outcome.resized)
-        self.notes += [*outcome.notes, *self.followers.update(outcome.resized)]
+        if past is not None and add_missing(self.captured.module, past.added):
+            self.captured.refresh()
+        kept = {name: outcome.resized[tensor] for name, tensor in {**names, **self._names()}.items()
+                if tensor in outcome.resized}
+        if past is not None and not same_cuts(kept, past.kept):
+            raise other_graph()
+        self._follow(outcome, kept)
+        added = {name: tuple(parameter.shape) for name, parameter in self.captured.module.named_parameters()
+                 if name not in names}
+        self.log.append(Entry(step.number, value, kept, added))
         return outcome
 
+    def _follow(self, outcome: Outcome, kept: Mapping[str, Cuts]) -> None:
+        """Bring everything that stands beside the parameters in line with them."""
+        self.snapshots.cut(outcome.resized)
+        for companion in self._companions:
+            companion.cut(kept)
+        self.notes += [*outcome.notes, *self.followers.update(outcome.resized)]
 
-def carry_gradients(source: nn.Module, copy: nn.Module) -> None:
-    """Give the parameters of `copy` the gradients that those of the same names have in `source`."""
-    found = dict(source.named_parameters())
-    for name, parameter in copy.named_parameters():
-        if name in found and found[name].grad is not None:
-            parameter.grad = found[name].grad.detach().clone()  # type: ignore[union-attr]
+    def _names(self) -> dict[str, Tensor]:
+        """Every parameter and buffer under each of its names."""
+        module = self.captured.module
+        return {**dict(module.named_parameters(remove_duplicate=False)),
+                **dict(module.named_buffers(remove_duplicate=False))}

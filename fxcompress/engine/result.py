@@ -11,6 +11,7 @@ from torch import fx
 from torch.optim import Optimizer
 
 from ..diagnostics import Diagnostic, Label, PlanError
+from ..graph.calibration import Calibration
 from ..graph.captured import Captured
 from ..passbase import Facet
 from ..plan import Plan, policy_hash
@@ -41,7 +42,8 @@ class Result:
     * `notes`, `warnings`: what the passes had to say; what was asked for and not reached
     """
 
-    def __init__(self, policy: Policy, plan: Plan, captured: Captured, clock: Clock, seed: int) -> None:
+    def __init__(self, policy: Policy, plan: Plan, captured: Captured, clock: Clock, seed: int,
+                 calibration: Calibration | None = None) -> None:
         """Carries out at once what begins at time zero. Use `compile`."""
         self.policy, self.plan, self.captured, self.clock = policy, plan, captured, clock
         self.warnings: list[Diagnostic] = []
@@ -52,7 +54,7 @@ class Result:
         self._snapshots.take(INITIAL)
         self._followers = Followers(captured.module)
         self._executor = Executor(policy, plan, captured, snapshots=self._snapshots, followers=self._followers,
-                                  seed=seed)
+                                  seed=seed, calibration=calibration)
         self._training = Training(policy.phases, clock, self._executor.begin, self._wrote)
         self._snapshots.look(clock)
         self._training.tick()

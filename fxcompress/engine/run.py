@@ -11,19 +11,20 @@ from torch.optim import Optimizer
 
 from ..diagnostics import PlanError
 from ..graph import Captured, capture
+from ..graph.apply import carry_gradients
+from ..graph.calibration import Calibration
 from ..plan import Plan, read_policy
 from ..plan.build import build
 from ..policy.model import Policy
 from ..policy.timing import length_problems
 from .clock import Clock
-from .execute import carry_gradients
 from .result import Result
 
 
 def compile(policy: Policy | str | Path, model: nn.Module | Captured, example_inputs: Any = None,
             teacher: nn.Module | None = None, params: Mapping[str, object] | None = None, *,
             plan: Plan | None = None, epochs: float | None = None, steps_per_epoch: int | None = None,
-            optimizer: Optimizer | None = None, seed: int = 0) -> Result:
+            optimizer: Optimizer | None = None, calibration: object = None, seed: int = 0) -> Result:
     """Carry `policy` out on a copy of `model`: at once what begins at time zero, later phases as training reaches them.
 
     * `policy`: a checked policy, a text (anything with a brace in it) or a path; `params` gives its parameters
@@ -32,10 +33,14 @@ def compile(policy: Policy | str | Path, model: nn.Module | Captured, example_in
     * `epochs`: the length of the training, for phases over a share of it
     * `steps_per_epoch`: lets ramps over epochs move within the first epoch; it is learned otherwise
     * `optimizer`: shorthand for `result.follow(optimizer)`; make it from `result.module.parameters()`
+    * `calibration`: inputs like the real ones, for what is measured on them (`by = activation`, `compensate`): an
+      iterable of batches, each like `example_inputs` and without labels, or one large tensor. It is iterated anew
+      whenever data are needed; what an iterator gives is kept until the last phase has begun
     * `seed`: of everything that is drawn
 
     Gradients that `model`'s parameters hold count as seen, for scores by gradient. Raises PolicyError, CaptureError,
-    PlanError (FXC0521 without `epochs` where they are needed) and RewriteError, before anything is touched.
+    PlanError (FXC0521 without `epochs` where they are needed, FXC0346 without calibration data where they are needed,
+    FXC0570 where these don't fit) and RewriteError, before anything is touched.
     """
     checked = read_policy(policy, params, teacher)
     problems = length_problems(checked.phases, epochs)
@@ -43,11 +48,12 @@ def compile(policy: Policy | str | Path, model: nn.Module | Captured, example_in
         raise PlanError(problems)
     captured = model.copy() if isinstance(model, Captured) else capture(model, example_inputs)
     carry_gradients(model.module if isinstance(model, Captured) else model, captured.module)
+    data = Calibration.of(calibration, captured) if calibration is not None else None
     if plan is None:
         plan = build(checked, captured)
     else:
         plan.require(checked, captured)
-    result = Result(checked, plan, captured, Clock(steps_per_epoch=steps_per_epoch, total_epochs=epochs), seed)
+    result = Result(checked, plan, captured, Clock(steps_per_epoch=steps_per_epoch, total_epochs=epochs), seed, data)
     if optimizer is not None:
         result.follow(optimizer)
     return result

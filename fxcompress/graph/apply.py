@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
-from ..diagnostics import Diagnostic, PlanError, PolicyError, Sink
+from ..diagnostics import Diagnostic, Label, PlanError, PolicyError, Sink
 from ..policy import parse_selector
 from ..policy.values import Ramp
+from .calibration import Calibration, missing
 from .captured import Captured
 from .ops import kind_of, path_of
 from .provenance import origins_of, touch
@@ -16,7 +17,7 @@ from .site import Outcome, Site
 from .verify import Before, verify
 
 if TYPE_CHECKING:
-    from torch import fx
+    from torch import fx, nn
 
     from ..passbase import Pass
     from ..policy.selector import Selector
@@ -25,9 +26,12 @@ if TYPE_CHECKING:
 def carry_out(captured: Captured, pass_: Pass, site: Site) -> Outcome:
     """Run `pass_` on `site` of `captured`, in place, and verify what it left.
 
-    Raises what the pass raises, and RewriteError (FXC0550 and up) with the pass, the node and the policy line where an
-    invariant doesn't hold; then `captured` is not fit for further use.
+    Raises what the pass raises, PlanError (FXC0346) where it needs calibration data that the site hasn't, and
+    RewriteError (FXC0550 and up) with the pass, the node and the policy line where an invariant doesn't hold; then
+    `captured` is not fit for further use.
     """
+    if captured.concrete and site.calibration is None and (need := pass_.data_need()):
+        raise PlanError([replace(missing(need), primary=Label(site.span) if site.span is not None else None)])
     before = Before.of(captured)
     outcome = pass_.rewrite(captured, site)
     _record(captured, pass_, site, outcome, before)
@@ -71,15 +75,17 @@ def at_end(pass_: Pass) -> Pass:
     return replace(pass_, **ends)
 
 
-def apply_pass(pass_: Pass, captured: Captured, selector: str = "*", what: str | None = None) -> Captured:
+def apply_pass(pass_: Pass, captured: Captured, selector: str = "*", what: str | None = None,
+               calibration: object = None) -> Captured:
     """A copy of `captured` with `pass_` applied to what `selector` selects, ramps at their end, verified.
 
     Raises PolicyError for a selector that is wrong or selects nothing, what the pass raises, PlanError (FXC0560) where
-    a score has seen no gradients, and RewriteError if the pass breaks an invariant. `captured` stays as it is.
+    a score has seen no gradients, or (FXC0346, FXC0570) calibration data are needed and not there or don't fit, and
+    RewriteError if the pass breaks an invariant. `captured` stays as it is.
     """
     parsed = parse_selector(selector)
     copy = captured.copy()
-    _carry_gradients(captured, copy)
+    carry_gradients(captured.module, copy.module)
     sink = Sink()
     selecting = Selecting(copy, {}, sink)
     nodes = selecting.select(parsed)
@@ -88,18 +94,20 @@ def apply_pass(pass_: Pass, captured: Captured, selector: str = "*", what: str |
         sink.error("FXC0211", f"`{pass_.verb}` wants to be told what of the layers" if what is None else
                    f"`{pass_.verb}` knows no `{what}`", help=f"give `what=`: {quoted(pass_.whats)}")
     sink.raise_if_errors(PolicyError)
-    outcome = carry_out(copy, at_end(pass_), Site(nodes, what, selection=selector))
+    data = Calibration.of(calibration, copy) if calibration is not None else None
+    outcome = carry_out(copy, at_end(pass_), Site(nodes, what, selection=selector, calibration=data))
     if copy.concrete:
         _write_ends(pass_, outcome)
     return copy
 
 
-def _carry_gradients(source: Captured, copy: Captured) -> None:
-    """Scores by gradient read the gradients of the parameters, which a copy doesn't have."""
-    found = dict(source.module.named_parameters())
-    for name, parameter in copy.module.named_parameters():
-        gradient = found[name].grad
-        parameter.grad = gradient.clone() if gradient is not None else None
+def carry_gradients(source: nn.Module, copy: nn.Module) -> None:
+    """Give the parameters of `copy` the gradients that those of the same names have in `source`: scores by gradient
+    read them, and copies have none."""
+    found = dict(source.named_parameters())
+    for name, parameter in copy.named_parameters():
+        if name in found and found[name].grad is not None:
+            parameter.grad = found[name].grad.detach().clone()  # type: ignore[union-attr]
 
 
 def _write_ends(pass_: Pass, outcome: Outcome) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from torch import Tensor, fx
 
@@ -13,10 +13,9 @@ from ..source import Span
 
 if TYPE_CHECKING:
     from ..passbase import Pass
+    from .calibration import Calibration
 
 Cuts = tuple[tuple[int, Tensor], ...]  # what a removal left of a tensor: (dimension, kept indices) of each it took from
-if TYPE_CHECKING:
-    from .calibration import Calibration
 
 UNKNOWN_WEIGHTS = "(known after weights)"
 
