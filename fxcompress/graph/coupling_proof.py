@@ -1,90 +1,47 @@
 """The proof of a removal: the smaller model equals the larger one, the consumers' weights for what left set to zero.
 
-Both run on the example inputs, in evaluation mode. Zeroing is done where labels are contracted away: in the weights of
-the layer that sums over them, or, for a product of two computed values, in one of its operands.
+Both run on the example inputs, in evaluation mode (`comparing.py`). Zeroing is done where labels are contracted away:
+in the weights of the layer that sums over them, or, for a product of two computed values, in one of its operands.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch import Tensor, fx
 
-from ..diagnostics import Diagnostic, RewriteError
 from .captured import Captured, Example
+from .comparing import Proof, Run, difference, inputs_of, proven, side_by_side, worst_apart
 from .coupling import Coupling
 from .coupling_edit import Kept, kept_of
 from .coupling_flow import Consumed
-from .interpret import evaluating, values_of
 
-TOLERANCE = 1e-4  # relative to the largest number of a value, in float32
-TOLERANCE_64 = 1e-9
-
-
-@dataclass(frozen=True)
-class Proof:
-    """The worst relative difference of two values of one node, and the precision they were computed in."""
-
-    error: float
-    dtype: torch.dtype
-
-    @property
-    def holds(self) -> bool:
-        """Whether the outputs are equal up to rounding."""
-        return self.error <= (TOLERANCE_64 if self.dtype == torch.float64 else TOLERANCE)
+_REPORT = ("this is a defect of a transfer rule: please report it with the model; until then leave the layers at fault "
+           "out of the selection")
 
 
-def prove(original: Captured, rewritten: Captured, coupling: Coupling, gone: Kept,
-          example: Example | None = None) -> Proof:
-    """Compare `rewritten` with `original`, whose `coupling` it is, its consumers' weights for the labels `gone` zeroed.
+def prove(original: Captured, rewritten: Captured, coupling: Coupling, gone: Kept, example: Example | None = None, *,
+          double: bool = False) -> Proof:
+    """Compare `rewritten` with `original`, whose `coupling` it is, its consumers' weights for the labels `gone` zeroed;
+    with `double` in float64.
 
     A difference in float32 that float64 doesn't confirm is rounding; then the proof is the one in float64. Raises
     RewriteError (FXC0541) if the difference is real. Both models and their modes are left as they were.
     """
-    example = example or original.example
-    proof = _compare(original, rewritten, coupling, gone, _inputs(original, example, None), None)
-    if not proof.holds:
-        double = torch.float64
-        proof = _compare(original, rewritten, coupling, gone, _inputs(original, example, double), double)
-    if not proof.holds:
-        raise RewriteError([Diagnostic(
-            "FXC0541", f"the model without these channels differs from the model with them zeroed by {proof.error:.2g}",
-            notes=("the difference is that of the worst value inside, relative to its largest number, in float64",
-                   "nothing was changed"),
-            help="this is a defect of a transfer rule: please report it with the model; until then leave the layers at "
-                 "fault out of the selection")])
-    return proof
+    def compare(dtype: torch.dtype | None) -> Proof:
+        inputs = inputs_of(original, example, dtype)
+        with side_by_side(original, rewritten, dtype), _zeroed(original.module, coupling, gone) as masks:
+            return worst_apart(_Masked(original.module, masks, dtype), Run(rewritten.module, dtype), inputs, apart)
 
+    def apart(node: fx.Node, expected: Any, found: Any) -> float:
+        return difference(expected, found) if node.op == "output" else _kept(
+            expected, found, coupling.flow.values[node], gone)
 
-def _compare(original: Captured, rewritten: Captured, coupling: Coupling, gone: Kept, inputs: list[Any],
-             dtype: torch.dtype | None) -> Proof:
-    """Run both node by node and compare every value they share, on the indices that are kept: what a later layer would
-    drown or an untrained one multiplies by zero shows where it arises."""
-    modules = (original.module, rewritten.module)
-    worst = 0.0
-    with ExitStack() as stack:
-        for module in modules:
-            stack.enter_context(_precision(module, dtype))
-            stack.enter_context(evaluating(module))
-        masks = stack.enter_context(_zeroed(original.module, coupling, gone))
-        shared = {node.name for node in original.graph.nodes} & {node.name for node in rewritten.graph.nodes}
-        found = ((node.name, value) for node, value in values_of(fx.Interpreter(rewritten.module), inputs)
-                 if node.name in shared)
-        for node, value in values_of(_Masked(original.module, masks), inputs):
-            if node.name in shared:
-                name, other = next(found)
-                assert name == node.name, f"{name} and {node.name} are out of step"
-                labels = coupling.flow.values[node]
-                apart = difference(value, other) if node.op == "output" else _kept(value, other, labels, gone)
-                worst = max(worst, apart)
-    return Proof(worst, dtype or torch.float32)
+    return proven(compare, "the model without these channels differs from the model with them zeroed", _REPORT, double)
 
 
 def _kept(expected: Any, found: Any, labels: Any, gone: Kept) -> float:
@@ -100,67 +57,12 @@ def _kept(expected: Any, found: Any, labels: Any, gone: Kept) -> float:
     return difference(expected, found)
 
 
-def difference(expected: object, found: object) -> float:
-    """The largest difference of two nests of tensors, relative to the largest finite value expected in each."""
-    worst = 0.0
-    one, two = tree_flatten(expected)[0], tree_flatten(found)[0]
-    if len(one) != len(two):
-        return float("inf")
-    for a, b in zip(one, two, strict=True):
-        if isinstance(a, Tensor) and isinstance(b, Tensor):
-            worst = max(worst, _apart(a.detach(), b.detach()) if a.shape == b.shape else float("inf"))
-    return worst
-
-
-def _apart(a: Tensor, b: Tensor) -> float:
-    """Tensors of one shape; infinities and not-a-numbers have to stand in the same places. Numbers of other kinds than
-    floating-point ones are positions and decisions, which rounding may turn: they aren't compared."""
-    if not a.is_floating_point() or not a.numel():
-        return 0.0
-    finite = a.isfinite()
-    if not bool(finite.all()):
-        if not bool(((a == b) | (a.isnan() & b.isnan()) | finite).all()):
-            return float("inf")
-        a, b = a[finite], b[finite]
-    largest = float(a.abs().max()) if a.numel() else 0.0
-    error = float((a - b).abs().max()) if a.numel() else 0.0
-    return float("inf") if math.isnan(error) else error / max(largest, 1e-30)
-
-
-def _inputs(captured: Captured, example: Example, dtype: torch.dtype | None) -> list[Any]:
-    """The example inputs in the order of the graph's placeholders, in another precision if asked for."""
-    given, values = iter(example.args), []
-    for node in captured.module.graph.nodes:
-        if node.op != "placeholder":
-            continue
-        value = example.kwargs[node.name] if node.name in example.kwargs else next(given, *node.args[:1])
-        values.append(tree_map(lambda leaf: _cast(leaf, dtype), value))
-    return values
-
-
-def _cast(value: Any, dtype: torch.dtype | None) -> Any:
-    return value.to(dtype) if dtype is not None and isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-@contextmanager
-def _precision(module: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
-    """Floating-point parameters and buffers in another precision, and afterwards the very same data as before."""
-    held = [tensor for tensor in (*module.parameters(), *module.buffers()) if dtype and tensor.is_floating_point()]
-    data = [tensor.data for tensor in held]
-    for tensor in held:
-        tensor.data = tensor.data.to(dtype)
-    try:
-        yield
-    finally:
-        for tensor, old in zip(held, data, strict=True):
-            tensor.data = old
-
-
-class _Masked(fx.Interpreter):
+class _Masked(Run):
     """Runs a graph with some inputs of some nodes zeroed along a dimension."""
 
-    def __init__(self, module: fx.GraphModule, entries: list[tuple[Consumed, Tensor]]) -> None:
-        super().__init__(module)
+    def __init__(self, module: fx.GraphModule, entries: list[tuple[Consumed, Tensor]],
+                 dtype: torch.dtype | None) -> None:
+        super().__init__(module, dtype)
         self.masks: dict[fx.Node, list[tuple[Consumed, Tensor]]] = {}
         for entry, gone in entries:
             self.masks.setdefault(entry.node, []).append((entry, gone))
