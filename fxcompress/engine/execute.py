@@ -9,6 +9,7 @@ from functools import partial
 from torch import Tensor
 
 from ..graph.apply import carry_gradients, carry_out
+from ..graph.calibration import Calibration
 from ..graph.captured import Captured
 from ..graph.site import Companion, Cuts, Outcome, Rewriting, Scheduled, Site
 from ..plan import Binder, Plan, Step, lower
@@ -26,12 +27,13 @@ class Executor:
     """
 
     def __init__(self, policy: Policy, plan: Plan, captured: Captured, *, snapshots: Snapshots, followers: Followers,
-                 seed: int) -> None:
+                 seed: int, calibration: Calibration | None = None) -> None:
         """Binds the policy's `let`s to the model as it is now."""
         self.captured, self.binder = captured, Binder(policy, captured)
         self.first_lets = dict(self.binder.lets)
         self.steps = lower(policy, plan)
         self.snapshots, self.followers, self.seed = snapshots, followers, seed
+        self.calibration = calibration
         self.notes: list[str] = []
         self.careful = False  # rehearse each step on a copy: once the module is in use it must not break
         self.log: list[Entry] = []
@@ -48,7 +50,7 @@ class Executor:
                 continue
             site = self.binder.site(step.phase, step.action, step.leaves)
             if site is not None:
-                site = replace(site, seed=self.seed)
+                site = replace(site, seed=self.seed, calibration=self.calibration)
                 outcome = self._carry_out(step, site, None, self.past.pop(step.number, None))
                 moving.extend((step, scheduled) for scheduled in self._scheduled(step, site, outcome))
         return moving

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from ..diagnostics import Diagnostic, PlanError, Sink
 from ..graph.captured import Captured, Example, Origin
@@ -33,20 +34,21 @@ class Finished:
 
 def take_masks_off(captured: Captured, *, fold: bool) -> None:
     """Remove every mask from `captured`, in place and verified: into the weights (`fold`), or leaving them dense."""
-    before = Before.of(captured)
-    for node in remove_masks(captured, fold=fold):
-        origin = Origin("finalize" if fold else "lift", "python", f"result.{'finalize' if fold else 'lift'}()", "(end)",
-                        "the mask became zeros in the weight" if fold else "the mask was taken off")
-        node.meta["origins"] = (*origins_of(node), origin)
-    captured.refresh()
-    verify(captured, before)
+    verb = "finalize" if fold else "lift"
+    detail = "the mask became zeros in the weight" if fold else "the mask was taken off"
+    _rewritten(captured, partial(remove_masks, fold=fold), Origin(verb, "python", f"result.{verb}()", "(end)", detail))
 
 
 def take_training_off(captured: Captured) -> None:
     """Remove what only acts in training (dropout, stochastic depth, switches of the mode), in place and verified."""
+    _rewritten(captured, bake_evaluation,
+               Origin("finalize", "python", "result.finalize()", "(end)", "reads past a dropout"))
+
+
+def _rewritten(captured: Captured, rewrite: Callable[[Captured], Iterable[fx.Node]], origin: Origin) -> None:
+    """Rewrite `captured` and verify it; the nodes that `rewrite` gives came to be by `origin`."""
     before = Before.of(captured)
-    for node in bake_evaluation(captured):
-        origin = Origin("finalize", "python", "result.finalize()", "(end)", "reads past a dropout")
+    for node in rewrite(captured):
         node.meta["origins"] = (*origins_of(node), origin)
     captured.refresh()
     verify(captured, before)

@@ -24,7 +24,8 @@ from .result import Result
 def compile(policy: Policy | str | Path, model: nn.Module | Captured, example_inputs: Any = None,
             teacher: nn.Module | None = None, params: Mapping[str, object] | None = None, *,
             plan: Plan | None = None, epochs: float | None = None, steps_per_epoch: int | None = None,
-            optimizer: Optimizer | None = None, calibration: object = None, seed: int = 0) -> Result:
+            optimizer: Optimizer | None = None, calibration: object = None, seed: int = 0,
+            resume: Mapping[str, Any] | None = None) -> Result:
     """Carry `policy` out on a copy of `model`: at once what begins at time zero, later phases as training reaches them.
 
     * `policy`: a checked policy, a text (anything with a brace in it) or a path; `params` gives its parameters
@@ -37,6 +38,8 @@ def compile(policy: Policy | str | Path, model: nn.Module | Captured, example_in
       iterable of batches, each like `example_inputs` and without labels, or one large tensor. It is iterated anew
       whenever data are needed; what an iterator gives is kept until the last phase has begun
     * `seed`: of everything that is drawn
+    * `resume`: a checkpoint's `result.state_dict()`, which is taken up as by `result.load_state_dict`, but from the very
+      beginning: what the checkpoint's run removed is removed, whatever the weights here
 
     Gradients that `model`'s parameters hold count as seen, for scores by gradient. Raises PolicyError, CaptureError,
     PlanError (FXC0521 without `epochs` where they are needed, FXC0346 without calibration data where they are needed,

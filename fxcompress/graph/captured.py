@@ -13,6 +13,7 @@ from .facts import Facts, totals
 from .fingerprint import fingerprint
 from .ops import path_of
 from .propagate import propagate
+from .stamp import Stamp, stamp
 from .tree import copy_module, meta
 
 
@@ -83,6 +84,7 @@ class Captured:
     notes: tuple[str, ...] = ()
     fixed_batch: str = ""
     _facts: Facts | None = field(default=None, repr=False)
+    _stamp: Stamp | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def graph(self) -> fx.Graph:
@@ -117,6 +119,11 @@ class Captured:
         propagate(self)
         self.module.recompile()
         self._facts = None
+        self._stamp = stamp(self)
+
+    def is_fresh(self) -> bool:
+        """Whether nothing that facts depend on has changed since the last `refresh()`."""
+        return self._stamp is not None and self._stamp == stamp(self)
 
     def replace(self, old: fx.Node, new: fx.Node, successors: Iterable[fx.Node] = ()) -> None:
         """Let `new` take the place of `old`: its users, path and provenance go over, `old` is erased and `moved`

@@ -49,7 +49,7 @@ class Before:
             results=results_of(graph),
             nodes={node.name: signature(node) for node in graph.nodes},
             origins={node.name: origins_of(node) for node in graph.nodes},
-            state=frozenset(captured.module.state_dict()),
+            state=frozenset(captured.module.state_dict(keep_vars=True)),
             readers=readers(captured),
             trained={name: value.requires_grad for name, value in captured.module.named_parameters()},
             kinds=frozenset(kind_of(node) for node in graph.nodes),
@@ -117,7 +117,8 @@ def _targets(captured: Captured, before: Before) -> Iterator[Violation]:
 
 def _lint(captured: Captured, before: Before) -> Iterator[Violation]:
     try:
-        captured.module.graph.lint()
+        if not captured.is_fresh():  # `refresh` lints
+            captured.module.graph.lint()
     except (RuntimeError, ValueError) as error:
         yield Violation("", str(error).strip().splitlines()[0])
 
@@ -152,7 +153,8 @@ def _canonical(captured: Captured, before: Before) -> Iterator[Violation]:
 
 def _runs(captured: Captured, before: Before) -> Iterator[Violation]:
     try:
-        captured.refresh()
+        if not captured.is_fresh():
+            captured.refresh()
     except RewriteError as error:
         for found in error.diagnostics:
             yield Violation("", found.message + "".join(f"; {note}" for note in found.notes))
