@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from .engine import compile as compile
     from .graph import Captured as Captured
     from .graph import capture as capture
+    from .nn.affine import dequantize as dequantize
+    from .nn.affine import quantize_tensor as quantize_tensor
     from .passbase import Pass as Pass
     from .passbase import param as param
     from .passbase import register_verb as register_verb
@@ -49,6 +51,7 @@ _HOMES = {
     "policy.model": ("Policy",),
     "diagnostics": ("ArtifactError", "CaptureError", "Diagnostic", "FxcError", "PlanError", "PolicyError",
                     "RewriteError"),
+    "nn.affine": ("dequantize", "quantize_tensor"),
     "passbase": ("Pass", "param", "register_verb"),
     "passes.shared.criteria": ("register_criterion",),
     "passes.shared.scores": ("register_score",),
