@@ -30,6 +30,7 @@ class Site:
     phase: str = "(start)"
     selection: str = ""  # the selector's text, for messages
     seed: int = 0
+    window: Window | None = None  # when the phase runs, if the policy says so
     calibration: Calibration | None = None  # inputs to run the graph on; None in a plan, and where none are given
 
 
