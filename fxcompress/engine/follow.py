@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-Resized = Mapping[Tensor, tuple[tuple[int, Tensor], ...]]  # parameter: its (dimension, kept indices), as in `Outcome`
+from ..graph.site import Cuts
+
+Resized = Mapping[Tensor, Cuts]  # as in `Outcome`
 
 
 def cut(tensor: Tensor, cuts: Sequence[tuple[int, Tensor]]) -> Tensor:
@@ -71,6 +73,14 @@ class Followers:
                 del optimizer.state[parameter]
                 lost += 1
         return [f"the state of {name} begins anew for {lost} parameters: it doesn't have their shape"] if lost else []
+
+    def rates(self) -> Callable[[Tensor], float]:
+        """The learning rate of each parameter as it is now: 0 for one that no optimizer trains, 1 for all where no
+        optimizer follows."""
+        found = {parameter: float(group["lr"]) for optimizer in self.optimizers for group in optimizer.param_groups
+                 for parameter in group["params"]}
+        default = 0.0 if self.optimizers else 1.0
+        return lambda parameter: found.get(parameter, default)
 
     def forget(self) -> None:
         """Drop the state of every parameter, after its value was set from outside."""

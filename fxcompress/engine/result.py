@@ -22,13 +22,14 @@ from .clock import Clock
 from .execute import Executor
 from .finish import device_for, finish, take_masks_off
 from .follow import Followers
+from .log import Entry, follows, other_graph
 from .measure import Baseline
 from .report import report, table
 from .rewind import INITIAL, Snapshots, rewind_times
 from .schedule import Schedule
 from .training import Training
 
-FORMAT = 1  # of `state_dict`
+FORMAT = 2  # of `state_dict`
 
 
 class Result:
@@ -43,8 +44,8 @@ class Result:
     """
 
     def __init__(self, policy: Policy, plan: Plan, captured: Captured, clock: Clock, seed: int,
-                 calibration: Calibration | None = None) -> None:
-        """Carries out at once what begins at time zero. Use `compile`."""
+                 calibration: Calibration | None = None, resume: Mapping[str, Any] | None = None) -> None:
+        """Carries out at once what begins at time zero, or what `resume` says was carried out. Use `compile`."""
         self.policy, self.plan, self.captured, self.clock = policy, plan, captured, clock
         self.warnings: list[Diagnostic] = []
         self._notes = _timing_notes(policy, clock)
@@ -56,8 +57,11 @@ class Result:
         self._executor = Executor(policy, plan, captured, snapshots=self._snapshots, followers=self._followers,
                                   seed=seed, calibration=calibration)
         self._training = Training(policy.phases, clock, self._executor.begin, self._wrote)
-        self._snapshots.look(clock)
-        self._training.tick()
+        if resume is not None:
+            self.load_state_dict(resume)
+        else:
+            self._snapshots.look(clock)
+            self._training.tick()
         self._executor.careful = True
 
     @property
@@ -81,9 +85,10 @@ class Result:
         return {run.phase.name: run.progress(self.clock) for run in self._training.runs}
 
     def step(self) -> None:
-        """One training step is done: move ramps, begin and end phases. Raises what the passes of a phase that begins
-        raise; the module is then as it was before the pass that failed."""
+        """One training step is done: act on weights that are regularised, move ramps, begin and end phases. Raises what
+        the passes of a phase that begins raise; the module is then as it was before the pass that failed."""
         self.clock.advance()
+        self._training.trained(self._followers.rates)
         self._tick()
 
     def epoch_end(self) -> None:
@@ -161,29 +166,35 @@ class Result:
         return module
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the schedule stands, and weights kept for rewinding: with `module.state_dict()` and the optimizer's,
-        all that a checkpoint needs."""
+        """Where the schedule stands, what was rewritten so far and what stayed of each tensor then, and weights kept
+        for rewinding: with `module.state_dict()` and the optimizer's, all that a checkpoint needs."""
         return {"format": FORMAT, "policy": policy_hash(self.policy), "graph": self.captured.fingerprint(),
-                **self._training.state(), "snapshots": self._snapshots.state()}
+                **self._training.state(), "rewrites": [entry.state() for entry in self._executor.log],
+                "snapshots": self._snapshots.state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a checkpoint, on a fresh result of the same policy and model: phases that had begun are carried out.
-        Load `module.state_dict()` after this, when the module has its shape.
+        """Take up a checkpoint, on a fresh result of the same policy and model: what was rewritten by then is rewritten
+        here, each removal taking what it took then. Load `module.state_dict()` after this, when the module has its
+        shape, and then the state of an optimizer made from its parameters.
 
-        Raises PlanError: FXC0525 for the state of another policy; FXC0528 where the phases, carried out on other
-        weights than then, give another graph (`remove` with `scope = global` may); the result is of no use after that.
+        Raises PlanError: FXC0525 for the state of another policy; FXC0528 where `compile` has removed other channels at
+        once, from other weights, than the checkpoint's run had (`compile(..., resume=state)` doesn't), or where
+        the graph comes out another; the result is of no use after that.
         """
         if state.get("format") != FORMAT or state.get("policy") != policy_hash(self.policy):
             raise PlanError([Diagnostic(
                 "FXC0525", "this checkpoint belongs to another policy, or to other parameters of it",
                 help="compile the policy that it was saved with")])
-        self._training.load(state)
+        past = [Entry.of(entry) for entry in state["rewrites"]]
+        done, names = len(self._executor.log), {step.number: step.phase.name for step in self._executor.steps}
+        if not follows(self._executor.log, past):
+            raise other_graph()
+        self._executor.careful = False
+        self._executor.past = {entry.step: entry for entry in past[done:] if entry.value is None}
+        self._training.load(state, [(names[entry.step], entry) for entry in past[done:]], self._executor.repeat)
+        self._executor.careful = True
         if self.captured.fingerprint() != state["graph"]:
-            raise PlanError([Diagnostic(
-                "FXC0528", "the phases that had begun give another graph here than in the checkpoint",
-                notes=("what they do depends on weights, and those were others",),
-                help="compile the weights the checkpoint's run began with; or save the module itself, "
-                     "`fxcompress.save(result.module, ...)`, and go on from that")])
+            raise other_graph()
         self._snapshots.load(state["snapshots"])
 
     def _repr_html_(self) -> str:

@@ -56,7 +56,8 @@ def compile(policy: Policy | str | Path, model: nn.Module | Captured, example_in
         plan = build(checked, captured)
     else:
         plan.require(checked, captured)
-    result = Result(checked, plan, captured, Clock(steps_per_epoch=steps_per_epoch, total_epochs=epochs), seed, data)
+    clock = Clock(steps_per_epoch=steps_per_epoch, total_epochs=epochs)
+    result = Result(checked, plan, captured, clock, seed, data, resume)
     if optimizer is not None:
         result.follow(optimizer)
     return result

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from torch import Tensor
 
 from ..graph.site import Scheduled
 from ..plan import Step
@@ -62,13 +64,21 @@ class Schedule:
             self.value = value
         return not self.waits
 
+    def trained(self, rate: Callable[[Tensor], float]) -> None:
+        """A training step was done, with these learning rates."""
+        if self.what.companion is not None:
+            self.what.companion.trained(self.ticker.count if self.ticker is not None else 0, rate)
+
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
         return {"value": self.value, "waits": self.waits,
-                "ticker": None if self.ticker is None else (self.ticker.began, self.ticker.count)}
+                "ticker": None if self.ticker is None else (self.ticker.began, self.ticker.count),
+                "companion": None if self.what.companion is None else self.what.companion.state()}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take up a checkpoint's."""
         self.value, self.waits = state["value"], bool(state["waits"])
         if state["ticker"] is not None and self.what.every is not None:
             self.ticker = Ticker(self.what.every, *state["ticker"])
+        if self.what.companion is not None:
+            self.what.companion.load(state["companion"])

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from torch import Tensor
 
 from ..graph.site import Scheduled
 from ..plan import Step
 from ..policy.model import Phase
 from .clock import Clock
+from .log import Entry
 from .schedule import Schedule
 
 Begin = Callable[[Phase], Sequence[tuple[Step, Scheduled]]]
 Wrote = Callable[[Schedule], None]
+Rates = Callable[[], Callable[[Tensor], float]]  # the learning rate of each parameter, as it is now
 
 
 @dataclass
@@ -46,6 +50,15 @@ class Training:
         self.runs = [PhaseRun(phase) for phase in phases]
         self._by_name = {run.phase.name: run for run in self.runs}
 
+    def trained(self, rates: Rates) -> None:
+        """A training step was done: let what acts on the weights between rewrites act."""
+        running = [schedule for run in self.runs if run.status == "running" for schedule in run.schedules
+                   if schedule.what.companion is not None]
+        if running:
+            rate = rates()
+            for schedule in running:
+                schedule.trained(rate)
+
     def tick(self) -> None:
         """Bring everything in line with the clock: end what is over, begin what is due, until nothing changes."""
         for run in self.runs:
@@ -60,12 +73,15 @@ class Training:
                 and (window is None or self.clock.reached(window.start, window.unit)))
 
     def _start(self, run: PhaseRun) -> None:
-        run.schedules = [Schedule(step, what, run.phase.window) for step, what in self._begin(run.phase)]
-        run.status = "running"
+        self._take_up(run)
         for schedule in run.schedules:
             if schedule.start(self.clock):
                 self._wrote(schedule)
         self._update(run)
+
+    def _take_up(self, run: PhaseRun) -> None:
+        run.schedules = [Schedule(step, what, run.phase.window) for step, what in self._begin(run.phase)]
+        run.status = "running"
 
     def _update(self, run: PhaseRun) -> None:
         last = run.over(self.clock)
@@ -101,14 +117,22 @@ class Training:
                   for run in self.runs}
         return {"clock": clock, "phases": phases}
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Take up a checkpoint's: phases that had begun there are carried out here, in their order."""
+    def load(self, state: Mapping[str, Any], past: Iterable[tuple[str, Entry]],
+             repeat: Callable[[Entry], None]) -> None:
+        """Take up a checkpoint's. `past` are the rewrites to carry out here, with the phase of each, in the order they
+        were carried out there; those of a phase that began are `begin`'s, those of a number that moved are `repeat`ed.
+        """
         for key, value in state["clock"].items():
             setattr(self.clock, key, value)
+        for name, entry in past:
+            if self._by_name[name].status == "waiting":
+                self._take_up(self._by_name[name])
+            if entry.value is not None:
+                repeat(entry)
         for run in self.runs:
             saved = state["phases"][run.phase.name]
             if run.status == "waiting" and saved["status"] != "waiting":
-                run.schedules = [Schedule(step, what, run.phase.window) for step, what in self._begin(run.phase)]
+                self._take_up(run)
             run.status = saved["status"]
             for schedule, values in zip(run.schedules, saved["schedules"], strict=True):
                 schedule.load(values)

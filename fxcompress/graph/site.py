@@ -32,6 +32,9 @@ class Site:
     seed: int = 0
     window: Window | None = None  # when the phase runs, if the policy says so
     calibration: Calibration | None = None  # inputs to run the graph on; None in a plan, and where none are given
+    kept: Mapping[str, Cuts] | None = None
+    """What stayed of each parameter and buffer, by name, when the same was carried out before: a pass repeats that
+    choice instead of making its own."""
 
 
 @dataclass(frozen=True)
