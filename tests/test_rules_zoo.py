@@ -76,10 +76,10 @@ def test_statistics_of_a_weight_make_what_it_reads_inexact() -> None:
 class _Stacked(nn.Module):
     """A mean of stacked vectors by a convolution of one tap over their channels (as the class tokens of CoaT)."""
 
-    def __init__(self, taps: int) -> None:
+    def __init__(self, taps: int, mode: str = "zeros") -> None:
         super().__init__()
         self.parts = nn.ModuleList([nn.Linear(6, 8) for _ in range(3)])
-        self.mix, self.head = nn.Conv1d(3, 1, taps, padding="same"), nn.Linear(8, 4)
+        self.mix, self.head = nn.Conv1d(3, 1, taps, padding="same", padding_mode=mode), nn.Linear(8, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.mix(torch.stack([part(x) for part in self.parts], dim=1)).squeeze(1).relu())
@@ -91,7 +91,36 @@ def test_one_tap_leaves_what_it_slides_over_free() -> None:
     assert [tuple(thin.module.get_parameter(f"{name}.weight").shape) for name in ("parts.0", "parts.2", "head")] == [
         (4, 6), (4, 6), (4, 4)]
     with pytest.raises(PlanError, match="slides over it"):
-        removed(_Stacked(3), torch.randn(2, 6))
+        removed(_Stacked(3, "circular"), torch.randn(2, 6))
+
+
+class _EfficientAttention(nn.Module):
+    """A gate for each channel by a convolution over the means of its neighbours (Wang et al., "ECA-Net", 2020)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+        self.mix = nn.Conv1d(1, 1, 3, padding=1, bias=False)
+        self.head = nn.Sequential(nn.Conv2d(4, 6, 1), nn.ReLU(), nn.Conv2d(6, 2, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        gate = self.mix(x.mean((2, 3)).view(x.shape[0], 1, -1)).sigmoid()
+        return self.head(self.last(x * gate.view(x.shape[0], -1, 1, 1).expand_as(x)))
+
+
+def test_taps_over_channels_make_their_removal_inexact() -> None:
+    torch.manual_seed(0)
+    model, x = _EfficientAttention(), torch.randn(2, 3, 8, 8)
+    thin, outcome = removed(model, x)
+    assert sum("conv1d" in note and "slides over it; it concerns first" in note for note in outcome.notes) == 1
+    rows = model.first.weight.detach().flatten(1).norm(dim=1).topk(4).indices.sort().values
+    small = _EfficientAttention()
+    small.first, small.last, small.head[0], small.head[2] = (
+        thin.module.get_submodule(name) for name in ("first", "last", "head.0", "head.2"))
+    small.mix = model.mix
+    assert torch.equal(small.first.weight, model.first.weight[rows])
+    torch.testing.assert_close(thin.module(x), small(x))
 
 
 class _Positions(nn.Module):

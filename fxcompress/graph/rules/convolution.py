@@ -15,7 +15,6 @@ from torch import fx
 from ..coupling_edit import Edit, resize
 from ..coupling_flow import Dim, Dims, Flow, Labels, NoRuleError, Value, rule, shape_of
 from .layout import tuple_of
-from .reduce import spatial
 
 _KINDS = tuple(f"conv{n}d" for n in (1, 2, 3))
 _TRANSPOSED = tuple(f"conv_transpose{n}d" for n in (1, 2, 3))
@@ -126,18 +125,23 @@ def _input(flow: Flow, node: fx.Node, args: Mapping[str, Any]) -> tuple[Dims, in
     rank = int(node.meta["fxc"].kind[-2])
     weight = args["weight"]
     kernel = shape_of(weight) if isinstance(weight, fx.Node) else tuple(weight.shape)
-    point = all(size == 1 for size in kernel[2:]) and all(step == 1 for step in tuple_of(args["stride"]))
-    dims = flow.of(args["input"])
-    if not point or not _zeros(args["padding"]):
-        dims = spatial(flow, dims, rank, "slides over it")
+    dims = list(flow.of(args["input"]))
     if args.get("padding_mode", "zeros") not in ("zeros", "reflect", "replicate", "circular"):
         raise NoRuleError("pads in a way that no rule follows")
-    return dims, len(dims) - rank - 1
+    for axis, (taps, step) in enumerate(zip(kernel[2:], _each(args["stride"], rank), strict=True)):
+        place = len(dims) - rank + axis
+        same = step == 1 and shape_of(node)[place] == shape_of(args["input"])[place]
+        if same and taps > 1 and args.get("padding_mode", "zeros") == "zeros":
+            flow.notice(dims[place], "slides over it")  # as over the channels in efficient channel attention
+        elif taps > 1 or not same:
+            flow.fix(dims[place], "slides over it")
+            dims[place] = None
+    return tuple(dims), len(dims) - rank - 1
 
 
-def _zeros(padding: Any) -> bool:
-    """Whether a kernel of one pixel pads nothing; `same` and `valid` are no different there."""
-    return isinstance(padding, str) or not any(tuple_of(padding))
+def _each(value: Any, count: int) -> tuple[Any, ...]:
+    given = tuple_of(value)
+    return given * count if len(given) == 1 else given
 
 
 def _result(flow: Flow, dims: Dims, channel: int, out: Dim) -> Dims:
