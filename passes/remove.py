@@ -29,8 +29,8 @@ class Remove(Pass):
         "embedding": "the residual stream: channels that adds `x + f(x)` carry from block to block",
     }
 
-    ratio: float = param(Percent(), "share of the selected channels to remove; left out, the planner finds the one with "
-                         "which the policy's budgets are just met", None)
+    ratio: float = param(Percent(), "share of the selected channels to remove; left out, the planner finds the one that "
+                         "just meets the policy's budgets", None)
     by: str = param(Registered("CRITERIA"), "what the least important channels are least in", "l2")
     align: int = param(Integer(low=1), "round the channels left in a layer to the nearest multiple of this", 1)
     scope: str = param(Choice(("local", "global", "isomorphic")), "rank within each group of coupled layers, or over "

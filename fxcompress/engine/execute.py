@@ -17,6 +17,7 @@ from ..policy.model import Phase, Policy
 from .follow import Followers
 from .log import Entry, add_missing, other_graph, same_cuts
 from .rewind import Snapshots
+from .solving import solved_now
 
 
 class Executor:
@@ -27,8 +28,10 @@ class Executor:
     """
 
     def __init__(self, policy: Policy, plan: Plan, captured: Captured, *, snapshots: Snapshots, followers: Followers,
-                 seed: int, calibration: Calibration | None = None) -> None:
-        """Binds the policy's `let`s to the model as it is now."""
+                 seed: int, calibration: Calibration | None = None, dense_seconds: float = 0.0) -> None:
+        """Binds the policy's `let`s to the model as it is now. `dense_seconds` is what one forward pass of it takes, where
+        a budget compares with that."""
+        self.plan, self.dense_seconds = plan, dense_seconds
         self.captured, self.binder = captured, Binder(policy, captured)
         self.first_lets = dict(self.binder.lets)
         self.steps = lower(policy, plan)
@@ -50,10 +53,20 @@ class Executor:
                 continue
             site = self.binder.site(step.phase, step.action, step.leaves)
             if site is not None:
-                site = replace(site, seed=self.seed, calibration=self.calibration)
-                outcome = self._carry_out(step, site, None, self.past.pop(step.number, None))
-                moving.extend((step, scheduled) for scheduled in self._scheduled(step, site, outcome))
+                past = self.past.pop(step.number, None)
+                step = step if past is not None else self._solved(step)
+                outcome = self._carry_out(step, self._dressed(site), None, past)
+                moving.extend((step, scheduled) for scheduled in self._scheduled(step, self._dressed(site), outcome))
         return moving
+
+    def _dressed(self, site: Site) -> Site:
+        """`site` with what only a training has."""
+        return replace(site, seed=self.seed, calibration=self.calibration)
+
+    def _solved(self, step: Step) -> Step:
+        step, notes = solved_now(step, self.steps, self.binder, self.plan, self.dense_seconds, self._dressed)
+        self.notes += notes
+        return step
 
     def _scheduled(self, step: Step, site: Site, outcome: Outcome) -> Iterator[Scheduled]:
         yield from outcome.scheduled

@@ -16,8 +16,9 @@ from ..graph.captured import Captured, Example
 from ..graph.interpret import evaluating
 from ..graph.ops import parameter_names
 from ..graph.select import Bound, Lets, select
-from ..plan.build import totals_of
+from ..graph.timing import latency
 from ..plan.model import Totals
+from ..plan.totals import totals_of
 from ..policy.model import Expect, Policy
 
 _COMPARE: Mapping[str, Callable[[float, float], bool]] = {
@@ -63,16 +64,6 @@ class Baseline:
         if "unchanged" in metrics:
             kept.weights = {name: value.detach().clone() for name, value in captured.module.state_dict().items()}
         return kept
-
-
-def latency(module: nn.Module, example: Example) -> float:
-    """The median time of one forward pass of the example, in seconds, with the number of threads torch has now."""
-    from torch.utils.benchmark import Timer  # takes half a second to import, and talks of CUDA on machines without
-
-    with evaluating(module):
-        timer = Timer("module(*args, **kwargs)", num_threads=torch.get_num_threads(), globals={
-            "module": module, "args": example.args, "kwargs": example.kwargs})
-        return float(timer.blocked_autorange(min_run_time=0.5).median)
 
 
 def outputs(module: nn.Module, example: Example) -> list[Tensor]:

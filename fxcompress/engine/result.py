@@ -55,7 +55,7 @@ class Result:
         self._snapshots.take(INITIAL)
         self._followers = Followers(captured.module)
         self._executor = Executor(policy, plan, captured, snapshots=self._snapshots, followers=self._followers,
-                                  seed=seed, calibration=calibration)
+                                  seed=seed, calibration=calibration, dense_seconds=self._baseline.latency)
         self._training = Training(policy.phases, clock, self._executor.begin, self._wrote)
         if resume is not None:
             self.load_state_dict(resume)

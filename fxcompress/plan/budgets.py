@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 
 from ..diagnostics import Diagnostic, Label
+from ..graph.site import UNKNOWN_WEIGHTS
 from ..passbase import Facet, Pass
 from ..policy.model import Budget
 from ..policy.numeric import Percent
@@ -16,9 +18,21 @@ from .text import amount, percent
 AFTER_MEASURING = "(known after measuring)"
 MOST = 0.95  # of a share: what `reach` tries at most
 TRIES = 6  # dry runs that look for a way out
+FEW = 4  # notes of passes that a refusal repeats
 METRICS: Mapping[str, tuple[str, str]] = {  # metric of a budget -> (field of `Totals`, unit)
     "macs": ("macs", "MACs"), "params": ("params", ""), "size": ("bytes", "B"),
 }
+
+
+@dataclass(frozen=True)
+class Reached:
+    """What a planned model comes to: its totals, the seconds that one forward pass takes the dense model and it (None
+    where that wasn't measured), and what the passes had to say."""
+
+    totals: Totals
+    seconds: tuple[float, ...] | None = None
+    notes: tuple[str, ...] = ()
+
 
 DryRun = Callable[[tuple[Step, ...]], Totals | None]  # totals after these steps, None where they can't be carried out
 
@@ -41,6 +55,12 @@ def judge(budget: Budget, before: Totals, after: Totals) -> tuple[PlannedBudget 
             f"{amount(dense, unit)}",))
 
 
+def later(budget: Budget, before: Totals) -> PlannedBudget:
+    """A budget on what depends on weights that aren't there yet."""
+    limit = float(limit_of(budget, before)) if budget.metric in METRICS else float(budget.limit)
+    return PlannedBudget(budget.span.text, str(budget.span), budget.metric, limit, None, UNKNOWN_WEIGHTS, "unknown")
+
+
 def value_of(budget: Budget, totals: Totals) -> float:
     """What the budget limits, in base units."""
     return float(getattr(totals, METRICS[budget.metric][0]))
@@ -55,6 +75,56 @@ def is_met(budget: Budget, before: Totals, after: Totals) -> bool:
     """Whether the planned model keeps the budget."""
     reached, limit = value_of(budget, after), limit_of(budget, before)
     return reached < limit if budget.op == "<" else reached <= limit
+
+
+def load_of(budget: Budget, dense: Totals, reached: Reached) -> float:
+    """What is reached as a part of the limit, above 1 where the budget isn't met. 0 for a time that wasn't measured."""
+    if budget.metric in METRICS:
+        value, limit = value_of(budget, reached.totals), limit_of(budget, dense)
+    elif reached.seconds is not None:
+        value, limit = reached.seconds[1], budget.limit * (reached.seconds[0] if budget.relative else 1.0)
+    else:
+        return 0.0
+    if value == limit:
+        return 1.0 if budget.op == "<=" else 1.0 + 1e-9
+    return value / limit if limit else math.inf
+
+
+def timed(budget: Budget, seconds: tuple[float, ...]) -> PlannedBudget:
+    """A budget of time that was solved by measuring."""
+    dense, found = seconds
+    shown = f"{_time(found)}{_share_of(found, dense)}, as measured here"
+    limit = budget.limit * dense if budget.relative else budget.limit
+    return PlannedBudget(budget.span.text, str(budget.span), budget.metric, limit, found, shown, "met")
+
+
+def _time(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g} ms"
+
+
+def _share_of(seconds: float, dense: float) -> str:
+    return f", {percent(seconds / dense)} of dense" if dense else ""
+
+
+def unreachable(budget: Budget, dense: Totals, reached: Reached | None, free: Sequence[Step]) -> Diagnostic:
+    """Why no share of the steps `free` meets a budget: `reached` is what the whole share comes to."""
+    names = " and ".join(f"`{step.pass_.lever} = 100%` (line {step.action.span.line})" for step in free)
+    place, help = Label(budget.span, "can't be met"), "select more layers, or raise the limit"
+    if reached is None:
+        return Diagnostic("FXC0320", f"the budget is not met, whatever is removed: {names} can't be carried out", place,
+                          help=help)
+    if budget.metric in METRICS:
+        value, unit = value_of(budget, reached.totals), METRICS[budget.metric][1]
+        shown, limit = _shown(budget, value, value_of(budget, dense)), amount(limit_of(budget, dense), unit)
+    else:
+        assert reached.seconds is not None, "a time decides only where it was measured"
+        before, after = reached.seconds
+        shown = f"{_time(after)}{_share_of(after, before)}"
+        limit = _time(budget.limit * before if budget.relative else budget.limit)
+    notes = [f"the limit is {limit}; that is what is left with {names}", *dict.fromkeys(reached.notes)]
+    more = [f"and {len(notes) - 1 - FEW} more notes"] if len(notes) - 1 > FEW else []
+    return Diagnostic("FXC0320", f"the budget can't be met: {budget.metric} comes down to {shown} at best", place,
+                      notes=(*notes[: 1 + FEW], *more), help=help)
 
 
 def _shown(budget: Budget, reached: float, dense: float) -> str:

@@ -17,11 +17,12 @@ from ..graph.ops import kind_of
 from ..graph.predicates import held, macs
 from ..graph.select import label
 from ..graph.site import Outcome, Site
+from ..graph.timing import latencies
 from ..policy import instantiate
 from ..policy.model import Policy
 from ..policy.phases import show_window
 from .bind import Binder
-from .budgets import judge, way_out
+from .budgets import METRICS, judge, later, timed, way_out
 from .check import check_model
 from .conflicts import Ledger
 from .lower import Step, lower
@@ -34,17 +35,15 @@ from .model import (
     PlannedExpect,
     PlannedPhase,
     PlannedStep,
+    Solved,
     Totals,
     policy_hash,
 )
+from .solve import UNGUIDED, Clock, Solution, solve
 from .text import settings
+from .totals import totals_of
 
-
-def totals_of(captured: Captured) -> Totals:
-    """Totals of a graph; masks count nothing: they are folded away in the end."""
-    masks = {str(node.target): node.meta["fxc"].bytes for node in captured.graph.nodes if kind_of(node) == "mask"}
-    facts = captured.facts
-    return Totals(facts.params, facts.macs, facts.bytes - sum(masks.values()))
+SOME = Solved("", None, 0.0, "", UNGUIDED)  # for the first run, which finds conflicts: what a share is makes none
 
 
 @dataclass
@@ -55,6 +54,7 @@ class DryRun:
     steps: tuple[Step, ...]
     captured: Captured
     sink: Sink
+    leaves: Mapping[int, frozenset[str]] = field(default_factory=dict)  # as in `lower`
     planned: list[PlannedStep] = field(default_factory=list)
     ledger: Ledger = field(init=False)
 
@@ -106,14 +106,16 @@ class DryRun:
         notes = list(outcome.notes)
         if site is None:
             notes.append("nothing is left to it" if step.leaves else "selects nothing, and is optional")
+        elif step.solved is not None and step.solved.share == 0:
+            notes.append(f"does nothing: {step.solved.why} is met without it")
         return PlannedStep(
             number=step.number, phase=step.phase.name, verb=action.verb, facet=str(step.pass_.facet), what=action.what,
             override=action.override,
-            selection=action.selector.span.text if action.selector is not None else "", settings=settings(action),
+            selection=action.selector.span.text if action.selector is not None else "", settings=settings(step),
             place=str(action.span), line=action.span.source.line(action.span.line).strip(), kinds=(), nodes=(),
             leaves=tuple(sorted(step.leaves)), left=(),
             changes=tuple(Change(c.path, c.kind, c.what, c.before, c.after, c.why) for c in outcome.changes),
-            notes=tuple(notes), unknown=outcome.unknown, after=totals_of(self.captured))
+            notes=tuple(notes), unknown=outcome.unknown, after=totals_of(self.captured), solved=step.solved)
 
 
 def _census(nodes: tuple[fx.Node, ...]) -> tuple[tuple[str, int], ...]:
@@ -122,8 +124,8 @@ def _census(nodes: tuple[fx.Node, ...]) -> tuple[tuple[str, int], ...]:
     return tuple((kind, kinds.count(kind)) for kind in dict.fromkeys(kinds))
 
 
-def build(policy: Policy, captured: Captured) -> Plan:
-    """The plan of `policy` on `captured`, which stays as it is.
+def build(policy: Policy, captured: Captured, clock: Clock = latencies) -> Plan:
+    """The plan of `policy` on `captured`, which stays as it is. `clock` measures for budgets of time.
 
     Raises PolicyError for what `check --model` finds (FXC02xx), PlanError for conflicts (FXC0301, FXC0302), what a pass
     refuses and budgets that aren't met (FXC0320), and RewriteError for a pass that breaks an invariant.
@@ -131,23 +133,32 @@ def build(policy: Policy, captured: Captured) -> Plan:
     policy = instantiate(policy)
     sink = Sink(check_model(policy, captured))
     sink.raise_if_errors(PolicyError)
-    run, overrode = _settled(policy, captured, sink)
+    before = totals_of(captured)
+    run, overrode = _settled(policy, captured, sink, None)
     sink.raise_if_errors(PlanError)
-    before, after = totals_of(captured), totals_of(run.captured)
-    budgets = _budgets(policy, captured, run, before, after, sink)
+    solution = solve(policy, captured, lower(policy, run.leaves), before, clock)
+    sink.items.extend(solution.refusals)
+    sink.raise_if_errors(PlanError)
+    if solution.solved:
+        run, overrode = _settled(policy, captured, sink, solution)
+        sink.raise_if_errors(PlanError)
+    made = run.captured if solution.captured is None else solution.captured
+    after = totals_of(made)
+    budgets = _budgets(policy, captured, run, (before, after), solution, sink)
     sink.raise_if_errors(PlanError)
     return Plan(
         policy=policy.name, policy_hash=policy_hash(policy), source=policy.source.name, model=captured.model_name,
         graph_hash=captured.fingerprint(), target=policy.target, before=before, after=after,
         phases=tuple(PlannedPhase(phase.name, show_window(phase.window) if phase.window else "", phase.after)
                      for phase in policy.phases),
-        steps=tuple(run.planned), layers=_layers(captured, run.captured), budgets=budgets,
+        steps=tuple(run.planned), layers=_layers(captured, made), budgets=budgets,
         expects=tuple(PlannedExpect(_statement(e.span.text), str(e.span), e.why) for e in policy.expects),
         notes=(*captured.notes, *_idle(run, overrode)))
 
 
-def _settled(policy: Policy, captured: Captured, sink: Sink) -> tuple[DryRun, set[int]]:
+def _settled(policy: Policy, captured: Captured, sink: Sink, solution: Solution | None) -> tuple[DryRun, set[int]]:
     """A dry run in which overridden actions leave alone what others override, and the steps that override something.
+    Shares that are left out are what `solution` says, or some share before there is one.
 
     A run can find further overlaps, for it binds what the one before it could not; they only grow, so that this ends.
     Only the errors of the last run count: what a pass refuses may be what another action overrides.
@@ -155,7 +166,9 @@ def _settled(policy: Policy, captured: Captured, sink: Sink) -> tuple[DryRun, se
     leaves: dict[int, frozenset[str]] = {}
     overrode: set[int] = set()
     while True:
-        run = DryRun(policy, lower(policy, leaves), captured.skeleton(), Sink())
+        steps = lower(policy, leaves, solution.solved if solution is not None else None)
+        steps = tuple(step.with_solved(SOME) if step.pass_.free else step for step in steps)
+        run = DryRun(policy, steps, captured.skeleton(), Sink(), leaves)
         run.run()
         overrode |= run.ledger.overrode
         more = {number: leaves.get(number, frozenset()) | names for number, names in run.ledger.leaves.items()}
@@ -171,12 +184,16 @@ def _idle(run: DryRun, overrode: set[int]) -> list[str]:
             if step.action.override and step.number not in overrode]
 
 
-def _budgets(policy: Policy, captured: Captured, run: DryRun, before: Totals, after: Totals,
+def _budgets(policy: Policy, captured: Captured, run: DryRun, totals: tuple[Totals, Totals], solution: Solution,
              sink: Sink) -> tuple[PlannedBudget, ...]:
-    """Every budget as it is met; refusals go to the sink."""
-    planned = []
+    """Every budget as it is met, by the `totals` before and after; refusals go to the sink."""
+    planned, before = [], totals[0]
     for budget in policy.budgets:
-        met, refusal = judge(budget, before, after)
+        met, refusal = judge(budget, *totals)
+        if not solution.counts and budget.metric in METRICS:
+            met, refusal = later(budget, before), None
+        elif budget.metric not in METRICS and solution.reached is not None and solution.reached.seconds is not None:
+            met = timed(budget, solution.reached.seconds)
         if met is not None:
             planned.append(met)
         if refusal is not None:

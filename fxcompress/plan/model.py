@@ -77,8 +77,8 @@ class Solved:
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """One action: what it selects, what it does, what is known only later. `solved` is set where the policy leaves it to
-    the planner how much.
+    """One action: what it selects, what it does, what is known only later. `solved` is set where the policy leaves out
+    how much.
 
     `nodes` are the names of the nodes it works on, `leaves` those it would and leaves to an overriding action; `left`
     are the layers of the latter.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..passbase import VERBS, Pass
-from ..policy.model import Action
+from ..policy.units import show_percent
+from .lower import Step
 
 _BINARY = ("B", "KiB", "MiB", "GiB", "TiB")
 _DECIMAL = ("", "k", "M", "G", "T")
@@ -25,7 +25,12 @@ def percent(share: float) -> str:
     return f"{100 * share:.3g}%"
 
 
-def settings(action: Action) -> tuple[tuple[str, str], ...]:
-    """The settings that the policy gives, as the language writes them, in the order of the verb's parameters."""
-    verb: type[Pass] = VERBS[action.verb]
-    return tuple((p.name, p.type.show(action.values[p.name])) for p in verb.parameters() if p.name in action.values)
+def settings(step: Step) -> tuple[tuple[str, str], ...]:
+    """The setting that was solved, and those that the policy gives, as the language writes them, in the order of the
+    verb's parameters."""
+    values, found = step.action.values, step.solved
+    shown = {p.name: p.type.show(values[p.name]) for p in step.pass_.parameters() if p.name in values}
+    if found is not None:
+        share = "left open" if found.share is None else show_percent(found.share)
+        shown = {found.name: f"{share} ({'to be ' * (found.share is None)}solved for {found.why})", **shown}
+    return tuple(shown.items())

@@ -147,8 +147,8 @@ class Ranking:
         return inside[np.argsort(self.scores[inside], kind="stable")][: self._cap(group)]
 
     def _aligned(self, group: int, layers: list[int], wanted: float, tie: float) -> int:
-        """The number to keep next to `wanted` with which every layer of a group that stands alone keeps enough channels,
-        and a multiple of `align`: the smaller one below `tie` of the way between two, 0.5 being the nearest."""
+        """The number to keep next to `wanted` with which every layer of a group that stands alone keeps enough
+        channels, and a multiple of `align`: of two, the smaller one below `tie` of the way between them."""
         size = len(self.groups.members[group])
         options = np.arange(max(1, size - self._cap(group)), size + 1)
         valid = np.ones(len(options), dtype=np.bool_)
