@@ -56,20 +56,27 @@ def survivors(node: fx.Node, what: str, size: int) -> npt.NDArray[np.int64]:
 
 
 def recall(graph: fx.Graph, captured_before: fx.Graph) -> None:
-    """Give the nodes of `graph`, captured anew from the GraphModule of `captured_before`, what those of the same name
-    and target (of the same module, for modules) remember: their provenance and their line in the model's source."""
+    """Give the nodes of `graph`, captured anew from the GraphModule of `captured_before`, what those they come from
+    remember: their provenance, the module they stand in, their line in the model's source. These are the nodes in the
+    same places, or, where capture has changed something, of the same name and target (or module)."""
     def key(node: fx.Node) -> tuple[str, str]:
         return node.op, str(node.target if node.op == "call_module" else node.name)
 
     known: dict[tuple[str, str], fx.Node] = {}
     for node in captured_before.nodes:
         known.setdefault(key(node), node)
+    places = list(zip(graph.nodes, captured_before.nodes, strict=False))
+    same = len(graph.nodes) == len(captured_before.nodes) and all(kind_of(a) == kind_of(b) for a, b in places)
+    before = dict(places) if same else {node: known[key(node)] for node in graph.nodes if key(node) in known}
     for node in graph.nodes:
-        old = known.get(key(node))
+        old = before.get(node)
         if old is None or kind_of(old) != kind_of(node):
             continue
         if old.meta.get("origins"):
             node.meta["origins"] = origins_of(old)
+        if old.op == "call_function" and old.meta.get("path") and "fxc" in node.meta:
+            node.meta["path"] = old.meta["path"]
+            node.meta["fxc"] = replace(node.meta["fxc"], path=old.meta["path"])
         source = getattr(old.meta.get("fxc"), "source", "")
         if source and "fxc" in node.meta:
             node.meta["source"] = source
