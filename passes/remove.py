@@ -27,10 +27,11 @@ class Remove(Pass):
         "head_dim": "the same places in every head of an attention",
         "hidden": "the inner width of perceptrons: channels that one linear layer reads and nothing else",
         "embedding": "the residual stream: channels that adds `x + f(x)` carry from block to block",
+        "blocks": "whole residual blocks (depth): `x + f(x)` becomes `x`, in each block that the selection reaches into",
     }
 
-    ratio: float = param(Percent(), "share of the selected channels to remove; left out, the planner finds the one that "
-                         "just meets the policy's budgets", None)
+    ratio: float = param(Percent(), "share of the selected channels to remove; left out, the planner finds the one "
+                         "that just meets the policy's budgets", None)
     by: str = param(Registered("CRITERIA"), "what the least important channels are least in", "l2")
     align: int = param(Integer(low=1), "round the channels left in a layer to the nearest multiple of this", 1)
     scope: str = param(Choice(("local", "global", "isomorphic")), "rank within each group of coupled layers, or over "
@@ -45,7 +46,8 @@ class Remove(Pass):
     min_channels: int = param(Integer(low=1), "leave at least this many channels in every layer", 1)
     max_ratio: float = param(Percent(), "remove at most this share of any group of coupled channels", 1.0)
     exact: bool = param(Boolean(), "refuse where a normalisation over the removed dimension makes it inexact", False)
-    verify: str = param(Choice(("on", "off")), "prove the result equal to the model with those channels zeroed", "on")
+    verify: str = param(Choice(("on", "off", "float64")), "prove the result equal to the model with those channels "
+                        "zeroed; `float64` computes both in double precision", "on")
     seed: int = param(Integer(low=0), "seed of `by = random`", 0)
     spread: float | None = field(default=None, repr=False)  # of a solved ratio: see `Ranking`; no parameter
 

@@ -17,7 +17,7 @@ from fxcompress.passes.shared.ranking import Scores
 if TYPE_CHECKING:
     from fxcompress.passes.remove import Remove
 
-_NORMS = frozenset((*(f"batchnorm{n}d" for n in (1, 2, 3)), "batchnorm"))
+NORMS = frozenset((*(f"batchnorm{n}d" for n in (1, 2, 3)), "batchnorm"))
 
 
 def scores_of(settings: Remove, coupling: Coupling, layers: list[Layer], candidates: Mask) -> Scores:
@@ -52,7 +52,7 @@ def _parts(coupling: Coupling, layers: list[Layer], numbers: Ints) -> list[Part]
             where = np.where(inside >= 0, numbers[inside], -1)
             if (where >= 0).any():
                 value = _effective(coupling.captured.module, layer, tensor)
-                parts.append(_part(layer.path, tensor, dim, where, value))
+                parts.append(part_of(layer.path, tensor, dim, where, value))
     return parts
 
 
@@ -61,18 +61,18 @@ def _effective(root: nn.Module, layer: Layer, tensor: Tensor) -> Tensor:
     weight = arguments(layer.node).get("weight")
     if isinstance(weight, fx.Node):
         with torch.no_grad():
-            weight = _evaluated(root, weight)
+            weight = evaluated(root, weight)
     return weight if isinstance(weight, Tensor) and weight.shape == tensor.shape else tensor
 
 
-def _evaluated(root: nn.Module, node: fx.Node) -> Any:
+def evaluated(root: nn.Module, node: fx.Node) -> Any:
     """The value of a node that only parameters and buffers go into; None for any other."""
     if node.op == "placeholder":
         return None
     if node.op == "get_attr":
         prefix, _, name = str(node.target).rpartition(".")
         return getattr(root.get_submodule(prefix), name)
-    values = {source: _evaluated(root, source) for source in node.all_input_nodes}
+    values = {source: evaluated(root, source) for source in node.all_input_nodes}
     if any(value is None for value in values.values()):
         return None
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda source: values[source])
@@ -80,7 +80,9 @@ def _evaluated(root: nn.Module, node: fx.Node) -> Any:
     return function(*args, **kwargs)
 
 
-def _part(path: str, tensor: Tensor, dim: int, where: Ints, value: Tensor | None = None) -> Part:
+def part_of(path: str, tensor: Tensor, dim: int, where: Ints, value: Tensor | None = None) -> Part:
+    """Dimension `dim` of `tensor` for a scoring, whose components `where` numbers, -1 for none; `value` is what the
+    layer computes with, where that is another tensor."""
     def rows(value: Tensor) -> Tensor:
         precise = torch.promote_types(value.dtype, torch.float32)  # squares of half floats overflow
         return value.detach().to(precise).movedim(dim, 0).reshape(value.shape[dim], -1)
@@ -99,7 +101,7 @@ def _scales(coupling: Coupling, numbers: Ints) -> list[Part]:
     """The scales of batch norms on candidate channels."""
     parts = []
     for node in coupling.flow.nodes:
-        if node.op != "call_module" or kind_of(node) not in _NORMS:
+        if node.op != "call_module" or kind_of(node) not in NORMS:
             continue
         name = f"{node.target}.weight"
         if coupling.flow.has(name):
@@ -107,5 +109,5 @@ def _scales(coupling: Coupling, numbers: Ints) -> list[Part]:
             if dim is not None:
                 inside = coupling.of(dim)
                 where = np.where(inside >= 0, numbers[inside], -1)
-                parts.append(_part(str(node.target), coupling.captured.module.get_parameter(name), 0, where))
+                parts.append(part_of(str(node.target), coupling.captured.module.get_parameter(name), 0, where))
     return parts

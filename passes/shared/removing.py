@@ -17,6 +17,7 @@ from fxcompress.graph.ops import kind_of
 from fxcompress.graph.provenance import origins_of, touch
 from fxcompress.graph.site import UNKNOWN_WEIGHTS, Change, Outcome, Site
 from fxcompress.graph.verify import signature
+from fxcompress.passes.shared.blocks import remove_blocks
 from fxcompress.passes.shared.constants import Fold
 from fxcompress.passes.shared.layers import Groups, Layer, layers_of, mask_of, owners_of
 from fxcompress.passes.shared.ranking import Ranking, Scores
@@ -34,6 +35,8 @@ def remove(settings: Remove, captured: Captured, site: Site) -> Outcome:
     if settings.free:
         raise _error("FXC0345", "`ratio` is left out, and there is no budget to solve it from", site, [],
                      "give the share to remove, `Remove(ratio=0.5)`; or run the pass in a policy with a `budget`")
+    if what == "blocks":
+        return remove_blocks(settings, captured, site)
     coupling = analyse(captured, "head_dim" if what == "head_dim" else "heads")
     layers = layers_of(coupling, site.nodes)
     wanted = _wanted(coupling, layers, what, site)
@@ -56,8 +59,8 @@ def remove(settings: Remove, captured: Captured, site: Site) -> Outcome:
     if not doomed.any():
         raise _nothing(settings, coupling, layers, wanted, notes, site)
     notes += _inexact_notes(coupling, layers, doomed)
-    if captured.concrete and settings.verify == "on":
-        notes += _proven(captured, coupling, doomed, what)
+    if captured.concrete and settings.verify != "off":
+        notes += _proven(captured, coupling, doomed, settings.verify == "float64")
     return _carried_out(settings, captured, coupling, layers, doomed, scores, site, notes)
 
 
@@ -175,7 +178,7 @@ def _nothing(settings: Remove, coupling: Coupling, layers: list[Layer], wanted: 
 # The removal
 
 
-def _proven(captured: Captured, coupling: Coupling, doomed: Mask, what: str) -> list[str]:
+def _proven(captured: Captured, coupling: Coupling, doomed: Mask, double: bool) -> list[str]:
     """Carry the exact part of the removal out on a copy and compare. Returns what to note."""
     exact = doomed & ~coupling.inexact
     if not exact.any():
@@ -183,10 +186,10 @@ def _proven(captured: Captured, coupling: Coupling, doomed: Mask, what: str) -> 
     trial = captured.copy()
     again = analyse(trial, coupling.flow.split, coupling.flow.flipped)
     apply_removal(again, exact)
-    proof = prove(captured, trial, coupling, exact[coupling.component])
+    proof = prove(captured, trial, coupling, exact[coupling.component], double=double)
     some = f" for {int(exact.sum())} of {int(doomed.sum())} components, the exact ones"
     partly = "" if exact.sum() == doomed.sum() else some
-    return [f"proven equal to the model with these channels zeroed, to {proof.error:.1g}{partly}"]
+    return [f"proven equal to the model with these channels zeroed, to {proof.shown}{partly}"]
 
 
 def _carried_out(settings: Remove, captured: Captured, coupling: Coupling, layers: list[Layer], doomed: Mask,
