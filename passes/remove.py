@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from fxcompress.passbase import Facet, Pass, SizesFrom, param
-from fxcompress.policy.types import Boolean, Choice, Integer, Percent, Registered
+from fxcompress.policy.types import Boolean, Choice, Integer, OneOf, Percent, Registered
 
 if TYPE_CHECKING:
     from fxcompress.graph.captured import Captured
@@ -27,7 +27,7 @@ class Remove(Pass):
         "head_dim": "the same places in every head of an attention",
         "hidden": "the inner width of perceptrons: channels that one linear layer reads and nothing else",
         "embedding": "the residual stream: channels that adds `x + f(x)` carry from block to block",
-        "blocks": "whole residual blocks (depth): `x + f(x)` becomes `x`, in each block that the selection reaches into",
+        "blocks": "whole residual blocks (depth): `x + f(x)` becomes `x`, in the blocks that the selection reaches into",
     }
 
     ratio: float = param(Percent(), "share of the selected channels to remove; left out, the planner finds the one "
@@ -45,6 +45,9 @@ class Remove(Pass):
                         "what to do with layers that are tied to selected ones and not selected themselves", "extend")
     min_channels: int = param(Integer(low=1), "leave at least this many channels in every layer", 1)
     max_ratio: float = param(Percent(), "remove at most this share of any group of coupled channels", 1.0)
+    compensate: bool | str = param(
+        OneOf((Boolean(), Choice(("auto",)))), "fold the mean of what removed channels gave on the calibration data "
+        "into their readers' biases; `auto` does so if there are such data; constants are always folded", "auto")
     exact: bool = param(Boolean(), "refuse where a normalisation over the removed dimension makes it inexact", False)
     verify: str = param(Choice(("on", "off", "float64")), "prove the result equal to the model with those channels "
                         "zeroed; `float64` computes both in double precision", "on")
@@ -68,6 +71,18 @@ class Remove(Pass):
         from fxcompress.passes.shared.criteria import criterion_of
 
         return "weights" if criterion_of(self.by).needs in ("weights", "scales") else "training"
+
+    def data_need(self) -> str:
+        """A criterion that ranks by responses, or `compensate = true`."""
+        from fxcompress.passes.shared.criteria import criterion_of
+
+        if criterion_of(self.by).needs == "response":
+            return f"by = {self.by}"
+        return "compensate = true" if self.compensate is True else ""
+
+    def compensates(self, site: Site) -> bool:
+        """Whether means of what leaves are folded into biases."""
+        return bool(self.compensate) and site.calibration is not None
 
     def rewrite(self, graph: Captured, site: Site) -> Outcome:
         """Remove from the layers of `site`. Raises PlanError (FXC0304, FXC0340 to FXC0345) where that can't be done,

@@ -29,8 +29,8 @@ class Executor:
 
     def __init__(self, policy: Policy, plan: Plan, captured: Captured, *, snapshots: Snapshots, followers: Followers,
                  seed: int, calibration: Calibration | None = None, dense_seconds: float = 0.0) -> None:
-        """Binds the policy's `let`s to the model as it is now. `dense_seconds` is what one forward pass of it takes, where
-        a budget compares with that."""
+        """Binds the policy's `let`s to the model as it is now. One forward pass of it takes `dense_seconds`, where a
+        budget compares with that."""
         self.plan, self.dense_seconds = plan, dense_seconds
         self.captured, self.binder = captured, Binder(policy, captured)
         self.first_lets = dict(self.binder.lets)
@@ -54,9 +54,9 @@ class Executor:
             site = self.binder.site(step.phase, step.action, step.leaves)
             if site is not None:
                 past = self.past.pop(step.number, None)
-                step = step if past is not None else self._solved(step)
-                outcome = self._carry_out(step, self._dressed(site), None, past)
-                moving.extend((step, scheduled) for scheduled in self._scheduled(step, self._dressed(site), outcome))
+                turn, site = step if past is not None else self._solved(step), self._dressed(site)
+                outcome = self._carry_out(turn, site, None, past)
+                moving.extend((turn, scheduled) for scheduled in self._scheduled(turn, site, outcome))
         return moving
 
     def _dressed(self, site: Site) -> Site:

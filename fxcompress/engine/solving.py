@@ -20,22 +20,22 @@ def solved_now(step: Step, steps: Sequence[Step], binder: Binder, plan: Plan, de
                dress: Dress) -> tuple[Step, tuple[str, ...]]:
     """`step` with the share that meets the budgets, and what to note.
 
-    What the plan found holds where shapes alone decide how much leaves. Else it is tried on the weights as they are, with
-    all steps that are still to come, and where it doesn't hold another is looked for. Raises PlanError: FXC0320 where
-    none meets the budgets, FXC0321 where no budget can be judged.
+    What the plan found holds where shapes alone decide how much leaves. Else it is tried on the weights as they are,
+    with all steps that are still to come, and where it doesn't hold another is looked for. Raises PlanError: FXC0320
+    where none meets the budgets, FXC0321 where no budget can be judged.
     """
     if step.solved is None or (step.solved.share is not None and _by_shapes(steps)):
         return step, ()
-    solver = _solver(step, [other for other in steps if other.number >= step.number], binder, plan, dense_seconds, dress)
-    known = step.solved
+    known, rest = step.solved, [other for other in steps if other.number >= step.number]
+    solver = _solver(step, rest, binder, plan, dense_seconds, dress)
     if known.share is not None and 1 - 2 * CLOSE <= solver.load(known.share, known.spread) <= 1:
         return step, ()
     point = solver.search()
     if not point.met:
         raise PlanError([solver.refusal(point)])
     solved = solver.settled(point)[step.number]
-    note = (f"`{solved.name} = {100 * point.share:.4g}%` (line {step.action.span.line}) is solved for {solved.why}, with "
-            "the weights as they are")
+    note = (f"`{solved.name} = {100 * point.share:.4g}%` (line {step.action.span.line}) is solved for {solved.why}, "
+            "with the weights as they are")
     return step.with_solved(solved), (note,)
 
 

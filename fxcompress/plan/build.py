@@ -21,6 +21,7 @@ from ..graph.timing import latencies
 from ..policy import instantiate
 from ..policy.model import Policy
 from ..policy.phases import show_window
+from ..policy.units import show_percent
 from .bind import Binder
 from .budgets import METRICS, judge, later, timed, way_out
 from .check import check_model
@@ -153,7 +154,7 @@ def build(policy: Policy, captured: Captured, clock: Clock = latencies) -> Plan:
                      for phase in policy.phases),
         steps=tuple(run.planned), layers=_layers(captured, made), budgets=budgets,
         expects=tuple(PlannedExpect(_statement(e.span.text), str(e.span), e.why) for e in policy.expects),
-        notes=(*captured.notes, *_idle(run, overrode)))
+        notes=(*captured.notes, *_idle(run, overrode), *_forecasts(run)))
 
 
 def _settled(policy: Policy, captured: Captured, sink: Sink, solution: Solution | None) -> tuple[DryRun, set[int]]:
@@ -176,6 +177,13 @@ def _settled(policy: Policy, captured: Captured, sink: Sink, solution: Solution 
             sink.items.extend(run.sink.items)
             return run, overrode
         leaves.update(more)
+
+
+def _forecasts(run: DryRun) -> list[str]:
+    """A note on each share that the plan has to do without."""
+    return [f"`{found.name}` of line {step.action.span.line} is known only when it is carried out; the figures above "
+            f"are those of {show_percent(found.forecast)}"
+            for step in run.steps if (found := step.solved) is not None and found.share is None]
 
 
 def _idle(run: DryRun, overrode: set[int]) -> list[str]:

@@ -14,9 +14,9 @@ SMALL = 0.01  # what stands where there is nothing real: no zero, and nothing th
 
 
 def materialised(skeleton: Captured, real: Captured) -> Captured:
-    """A copy of `skeleton` that runs, or `skeleton` itself if it has weights. Each tensor is the first part, along every
-    dimension, of the one of its name in `real`, or holds small numbers where there is none as large. What it computes
-    has no sense, but takes the time that the model takes."""
+    """A copy of `skeleton` that runs, or `skeleton` itself if it has weights. Each tensor is the first part, along
+    every dimension, of the one of its name in `real`, or holds small numbers where there is none as large. What it
+    computes has no sense, but takes the time that the model takes."""
     if skeleton.concrete:
         return skeleton
     module, whole = copy_module(skeleton.module, _filled), _tensors(real.module)

@@ -45,7 +45,7 @@ class Solution:
 
 @dataclass
 class Solver:
-    """Looks for the share of the steps with the numbers `free`, among `steps`, on the model that `binder` is bound to."""
+    """Looks for the share of those of `steps` with the numbers `free`, on the model that `binder` is bound to."""
 
     binder: Binder
     steps: tuple[Step, ...]

@@ -31,6 +31,6 @@ def settings(step: Step) -> tuple[tuple[str, str], ...]:
     values, found = step.action.values, step.solved
     shown = {p.name: p.type.show(values[p.name]) for p in step.pass_.parameters() if p.name in values}
     if found is not None:
-        share = "left open" if found.share is None else show_percent(found.share)
-        shown = {found.name: f"{share} ({'to be ' * (found.share is None)}solved for {found.why})", **shown}
+        share = "(known when it is carried out)" if found.share is None else show_percent(found.share)
+        shown = {found.name: f"{share} (solved for {found.why})", **shown}
     return tuple(shown.items())

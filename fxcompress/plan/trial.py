@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ..diagnostics import FxcError
-from ..graph.apply import carry_gradients
+from ..graph.apply import at_end, carry_gradients
 from ..graph.captured import Captured
 from ..graph.site import Site
 from .bind import Binder
@@ -27,9 +27,9 @@ def attempt(binder: Binder, steps: Sequence[Step], weights_until: int, dress: Dr
     """`steps` carried out, without checks, on a copy of what `binder` is bound to; None where one can't be.
 
     Steps up to the number `weights_until` see the weights of a captured model that has them; all others, and all
-    steps on a skeleton, shapes alone.
+    steps on a skeleton, shapes alone. Ramps are at their ends.
     """
-    source, notes = binder.captured, []
+    source, notes = binder.captured, list[str]()
     weights_until = weights_until if source.concrete else 0
     on = binder.on(source.skeleton() if not steps or steps[0].number > weights_until else _whole(source))
     for step in steps:
@@ -41,7 +41,7 @@ def attempt(binder: Binder, steps: Sequence[Step], weights_until: int, dress: Dr
         if site is None:
             continue
         try:
-            outcome = on.carry_out(replace(step, pass_=step.pass_.untested()), dress(site), checked=False)
+            outcome = on.carry_out(replace(step, pass_=at_end(step.pass_.untested())), dress(site), checked=False)
         except FxcError:
             return None
         if step.solved is not None:
