@@ -7,7 +7,7 @@ outputs, or an operator without a rule: then it can't be removed, and `barrier` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -54,15 +54,25 @@ class Coupling:
         """The model that was analysed."""
         return self.flow.captured
 
+    @cached_property
+    def _by_label(self) -> Labels:
+        """`component`, and a last entry for the label -1."""
+        return np.append(self.component, -1)
+
     def of(self, labels: Labels) -> Labels:
         """The components of labels; -1 stays."""
-        return np.where(labels >= 0, self.component[labels], -1)
+        return self._by_label[labels]
 
-    def touched(self, labels: Labels) -> Mask:
-        """The components that `labels` belong to, as one truth value each."""
-        mask = np.zeros(self.count, dtype=np.bool_)
-        mask[self.component[labels[labels >= 0]]] = True
-        return mask
+    def touched(self, labels: Iterable[Labels]) -> Mask:
+        """The components that any of `labels` belong to, as one truth value each."""
+        mask = np.zeros(self.count + 1, dtype=np.bool_)
+        for one in labels:
+            mask[self._by_label[one]] = True
+        return mask[:-1]
+
+    def meets(self, mask: Mask, labels: Labels) -> bool:
+        """Whether any of `labels` belongs to a component of `mask`."""
+        return bool(mask[self.component[labels[labels >= 0]]].any())
 
     def _marked(self, events: list[tuple[Labels, Event]]) -> Labels:
         """For each component the number of the first event that touches it, -1 for none."""
@@ -80,13 +90,13 @@ class Coupling:
     def _notices(self) -> Labels:
         return self._marked(self.flow.noticed)
 
-    @property
+    @cached_property
     def barred(self) -> Mask:
         """Components that can't be removed."""
         barred: Mask = self._barriers >= 0
         return barred
 
-    @property
+    @cached_property
     def inexact(self) -> Mask:
         """Components whose removal a normalisation notices."""
         inexact: Mask = self._notices >= 0
@@ -107,6 +117,11 @@ class Coupling:
         """Every tracked dimension of every parameter and buffer."""
         return [Slice(owner, place, self.of(dim)) for owner in self.flow.tensors.values()
                 for place, dim in enumerate(owner.dims) if dim is not None]
+
+    @cached_property
+    def sliced(self) -> tuple[Labels, Labels]:
+        """The components of all `slices` end to end, and where each slice starts."""
+        return end_to_end([part.components for part in self.slices])
 
     @cached_property
     def produced(self) -> dict[fx.Node, list[Produced]]:
@@ -139,21 +154,20 @@ class Coupling:
         """For each component the sum, over what it takes, of random 64-bit numbers, one a `key`."""
         generator = np.random.default_rng(0)
         numbers: dict[object, np.uint64] = {}
-        total = np.zeros(self.count, dtype=np.uint64)
         for part in self.slices:
             place = key(part)
             if place not in numbers:
                 numbers[place] = generator.integers(1, 2**63, dtype=np.uint64)
-            np.add.at(total, part.components[part.components >= 0], numbers[place])
-        return total
+        components, _ = self.sliced
+        each = np.array([numbers[key(part)] for part in self.slices], dtype=np.uint64)
+        total = np.zeros(self.count + 1, dtype=np.uint64)
+        np.add.at(total, components, np.repeat(each, [len(part.components) for part in self.slices]))
+        return total[:-1]
 
     @cached_property
     def heads(self) -> Mask:
         """Components that are heads of an attention, or places in every head of it."""
-        mask = np.zeros(self.count, dtype=np.bool_)
-        for labels, _ in self.flow.heads:
-            mask[self.component[labels[labels >= 0]]] = True
-        return mask
+        return self.touched(labels for labels, _ in self.flow.heads)
 
     def tying(self, one: Labels, other: Labels) -> Iterator[fx.Node]:
         """The operators on a shortest chain of ties between `one` and `other` (labels of two layers), those next to
@@ -190,6 +204,13 @@ class Coupling:
         a, b, nodes = _edges(self.flow)
         order = np.argsort(self.component[a], kind="stable")
         return a[order], b[order], nodes[order], self.component[a[order]]
+
+
+def end_to_end(arrays: Sequence[Labels]) -> tuple[Labels, Labels]:
+    """Arrays in one, and where each of them starts in it."""
+    if not arrays:
+        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+    return np.concatenate(arrays), np.cumsum([0, *(len(array) for array in arrays[:-1])])
 
 
 def _edges(flow: Flow) -> tuple[Labels, Labels, Labels]:

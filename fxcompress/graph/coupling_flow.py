@@ -111,8 +111,7 @@ class Flow:
         self.nodes = list(module.graph.nodes)
         self.index = {node: place for place, node in enumerate(self.nodes)}
         self.node = self.nodes[0]
-        self._named: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
-        self._named.update(module.named_buffers(remove_duplicate=False))
+        self._named = named_tensors(module)
         self._names: dict[int, list[str]] = {}
         for name, tensor in self._named.items():
             self._names.setdefault(id(tensor), []).append(name)
@@ -138,12 +137,13 @@ class Flow:
         (all, if None); one that another user tracks and this one doesn't is fixed."""
         tensor = self._named[name]
         known = self.tensors.get(id(tensor))
-        wanted = set(range(tensor.dim()) if track is None else track)
+        wanted = None if track is None else set(track)
         if known is None:
-            dims = [self.fresh(size) if place in wanted else None for place, size in enumerate(tensor.shape)]
+            dims = [self.fresh(size) if wanted is None or place in wanted else None
+                    for place, size in enumerate(tensor.shape)]
             known = TensorLabels(tensor, self._names[id(tensor)], dims)
             self.tensors[id(tensor)] = known
-        for place, dim in enumerate(known.dims):
+        for place, dim in () if wanted is None else enumerate(known.dims):
             if place not in wanted:
                 self.fix(dim, "reads it along a dimension that another user of the tensor could shrink")
         return tuple(known.dims)
@@ -229,7 +229,7 @@ class Flow:
         value = args.get(name)
         if isinstance(value, fx.Node):
             dims = self.of(value)
-            for place in set(range(len(dims))) - set(range(len(dims)) if track is None else track):
+            for place in () if track is None else set(range(len(dims))) - set(track):
                 self.fix(dims[place], "reads it as a kernel's extent")
             return dims
         if value is None:
@@ -252,15 +252,35 @@ class Flow:
         return self.captured.module.get_submodule(str(self.node.target))
 
 
+def named_tensors(root: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of a module by all their names, as `named_parameters(remove_duplicate=False)` and
+    `named_buffers` give them."""
+    found: dict[str, Tensor] = {}
+    rest = [("", root)]
+    while rest:
+        prefix, module = rest.pop()
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is not None:
+                    found[prefix + name] = tensor
+        rest += [(f"{prefix}{name}.", child) for name, child in reversed(module._modules.items()) if child is not None]
+    return found
+
+
 def shape_of(node: object) -> tuple[int, ...]:
     """The shape of a node's tensor value; empty for anything else."""
     shape: Any = getattr(node.meta.get("fxc"), "shape", None) if isinstance(node, fx.Node) else None
-    return tuple(int(size) for size in shape) if is_shape(shape) else ()
+    return shape if is_shape(shape) else ()
 
 
 def is_shape(shape: object) -> bool:
     """Whether a fact's shape is that of one tensor, not of a tuple of them and not of a number."""
-    return isinstance(shape, tuple) and all(not isinstance(size, tuple) and size is not None for size in shape)
+    if not isinstance(shape, tuple):
+        return False
+    for size in shape:  # no generator: this is asked of every argument of every node
+        if size is None or isinstance(size, tuple):
+            return False
+    return True
 
 
 def untracked(shape: object) -> Value:

@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from torch import fx
 
 from ..diagnostics import Label, PolicyError, Sink
@@ -287,12 +286,9 @@ class Selecting:
         from .coupling import analyse
 
         coupling = analyse(self.captured)
-        touched = np.zeros(coupling.count, dtype=np.bool_)
-        for node in nodes:
-            for made in coupling.produced.get(node, ()):
-                touched |= coupling.touched(made.labels)
+        touched = coupling.touched(made.labels for node in nodes for made in coupling.produced.get(node, ()))
         return nodes | {node for node, made in coupling.produced.items() if node in self.operators
-                        and any((touched & coupling.touched(one.labels)).any() for one in made)}
+                        and any(coupling.meets(touched, one.labels) for one in made)}
 
 
 _SETS: Mapping[str, Callable[[Nodes, Nodes], Nodes]] = {"|": operator.or_, "&": operator.and_, "-": operator.sub}

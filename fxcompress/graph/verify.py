@@ -6,7 +6,7 @@ earlier ones hold.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from keyword import iskeyword
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from ..diagnostics import Diagnostic, Label, RewriteError
 from .captured import Captured, Origin
 from .modules import leaf_of
-from .ops import BY_TARGET, kind_of, module_of, path_of
+from .ops import BY_TARGET, kind_of, module_of, path_of, submodule
 from .provenance import origins_of
 from .select import label
 
@@ -44,13 +44,14 @@ class Before:
     def of(cls, captured: Captured) -> Before:
         """Remember `captured` as it is now; its facts must be current."""
         graph = captured.module.graph
+        state = captured.module.state_dict(keep_vars=True)
         return cls(
             inputs=tuple(str(node.target) for node in graph.nodes if node.op == "placeholder"),
             results=results_of(graph),
             nodes={node.name: signature(node) for node in graph.nodes},
             origins={node.name: origins_of(node) for node in graph.nodes},
-            state=frozenset(captured.module.state_dict(keep_vars=True)),
-            readers=readers(captured),
+            state=frozenset(state),
+            readers=readers(captured, state),
             trained={name: value.requires_grad for name, value in captured.module.named_parameters()},
             kinds=frozenset(kind_of(node) for node in graph.nodes),
         )
@@ -85,18 +86,19 @@ def results_of(graph: fx.Graph) -> Any:
     return getattr(fact, "shape", None), getattr(fact, "dtype", None)
 
 
-def readers(captured: Captured) -> dict[str, str]:
-    """For every name in `state_dict` that the graph reads, one node that reads it."""
-    by_target = {str(node.target): node.name for node in captured.module.graph.nodes
-                 if node.op in ("get_attr", "call_module")}
-    found = {}
-    for key in captured.module.state_dict():
-        parts = key.split(".")
-        owners = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
-        reader = next((by_target[owner] for owner in owners if owner in by_target), None)
-        if reader is not None:
-            found[key] = reader
-    return found
+def readers(captured: Captured, state: Iterable[str]) -> dict[str, str]:
+    """For every name of `state` that the graph reads, one node that reads it: or a module around the tensor."""
+    nearest: dict[str, str | None] = {"": None}  # path -> the node at it, or else at the path around it
+    for node in captured.module.graph.nodes:
+        if node.op in ("get_attr", "call_module"):
+            nearest[str(node.target)] = node.name
+
+    def at(path: str) -> str | None:
+        if path not in nearest:
+            nearest[path] = at(path.rpartition(".")[0])
+        return nearest[path]
+
+    return {key: reader for key in state if (reader := at(key)) is not None}
 
 
 # What makes a graph
@@ -108,7 +110,7 @@ def _targets(captured: Captured, before: Before) -> Iterator[Violation]:
             continue
         owner, _, name = str(node.target).rpartition(".")
         try:
-            found = getattr(captured.module.get_submodule(owner), name, None)
+            found = getattr(submodule(captured.module, owner), name, None)
         except AttributeError:
             found = None
         if found is None or (node.op == "call_module" and not isinstance(found, nn.Module)):
@@ -179,7 +181,8 @@ def _shown(results: Any) -> str:
 
 
 def _state(captured: Captured, before: Before) -> Iterator[Violation]:
-    now, read = captured.module.state_dict(), readers(captured)
+    now = captured.module.state_dict(keep_vars=True)
+    read = readers(captured, now)
     present = {node.name for node in captured.module.graph.nodes}
     for key, reader in before.readers.items():
         if key not in now and reader in present:

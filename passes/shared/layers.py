@@ -27,7 +27,12 @@ class Layer:
     components: Labels
     selected: bool
 
-    @property
+    @cached_property
+    def present(self) -> Ints:
+        """The components of the channels that can leave."""
+        return self.components[self.components >= 0]
+
+    @cached_property
     def path(self) -> str:
         """The path of the module that holds the weights, or the node's name where there is none."""
         holder = self.made.weights[0][0].rpartition(".")[0] if self.made.weights else ""
@@ -49,10 +54,9 @@ class Layer:
         return {"embedding": "embedding_dim", "lstm": "hidden_size", "gru": "hidden_size", "rnn": "hidden_size"}.get(
             kind, "out_channels")
 
-
     def inside(self, mask: Mask) -> bool:
         """Whether any of its channels belongs to the components of `mask`."""
-        return bool(mask[self.components[self.components >= 0]].any())
+        return bool(mask[self.present].any())
 
 
 def layers_of(coupling: Coupling, selected: Sequence[fx.Node]) -> list[Layer]:
@@ -65,7 +69,7 @@ def mask_of(layers: Sequence[Layer], count: int) -> Mask:
     """The components that any of `layers` makes."""
     mask = np.zeros(count, dtype=np.bool_)
     for layer in layers:
-        mask[layer.components[layer.components >= 0]] = True
+        mask[layer.present] = True
     return mask
 
 
@@ -73,9 +77,18 @@ def owners_of(layers: Sequence[Layer], count: int) -> Ints:
     """For each component the number of the first of `layers` that makes it, -1 for none."""
     owner = np.full(count, -1, dtype=np.int64)
     for number in range(len(layers) - 1, -1, -1):
-        components = layers[number].components
-        owner[components[components >= 0]] = number
+        owner[layers[number].present] = number
     return owner
+
+
+def counted(numbers: Ints) -> list[tuple[int, int]]:
+    """Each of some numbers, from the smallest, and how often it is there."""
+    if not len(numbers):
+        return []
+    low, high = int(numbers.min()), int(numbers.max())
+    if high - low > 4 * len(numbers):
+        return [(int(n), int(count)) for n, count in zip(*np.unique(numbers, return_counts=True), strict=True)]
+    return [(low + place, count) for place, count in enumerate(np.bincount(numbers - low).tolist()) if count]
 
 
 @dataclass
@@ -117,9 +130,8 @@ class Groups:
         """For each layer its groups, and how many of its channels one component of the group takes."""
         shares: list[dict[int, int]] = []
         for layer in self.layers:
-            inside = self.of[layer.components[layer.components >= 0]]
-            numbers, counts = np.unique(inside[inside >= 0], return_counts=True)
-            shares.append({int(g): int(n) // len(self.members[int(g)]) for g, n in zip(numbers, counts, strict=True)})
+            inside = self.of[layer.present]
+            shares.append({group: count // len(self.members[group]) for group, count in counted(inside[inside >= 0])})
         return shares
 
     @cached_property

@@ -53,7 +53,7 @@ def coupled_reasons(coupling: Coupling, layers: list[Layer], others: list[Layer]
     owner = owners_of(selected, coupling.count)
     reasons = []
     for layer in others:
-        owners = owner[layer.components[layer.components >= 0]]
+        owners = owner[layer.present]
         owners = owners[owners >= 0]
         first = selected[int(owners.min())] if len(owners) else None
         chain = coupling.tying(first.made.labels, layer.made.labels) if first else iter(())
@@ -66,13 +66,11 @@ def coupled_reasons(coupling: Coupling, layers: list[Layer], others: list[Layer]
 def blocked(coupling: Coupling, layers: list[Layer], wanted: Mask) -> list[str]:
     """One line for each barrier that keeps channels of selected layers in the model."""
     lines: dict[str, list[str]] = {}
+    barred = wanted & coupling.barred
     for layer in layers:
-        if not layer.selected:
-            continue
-        inside = np.unique(layer.components[layer.components >= 0])
-        inside = inside[wanted[inside] & coupling.barred[inside]]
+        inside = layer.present[barred[layer.present]] if layer.selected else layer.present[:0]
         if len(inside):
-            event = coupling.barrier(int(inside[0]))
+            event = coupling.barrier(int(inside.min()))
             assert event is not None
             lines.setdefault(f"{place_of(event.node)} {event.reason}", []).append(layer.path)
     return [f"{_names(paths)} can't shrink: {reason}" for reason, paths in lines.items()]
@@ -88,13 +86,12 @@ def shortfalls(settings: Remove, coupling: Coupling, layers: list[Layer], wanted
     notes = blocked(coupling, layers, wanted)
     if settings.scope != "local":
         return notes
+    free = wanted & ~coupling.barred
     for layer in layers:
-        inside = layer.components[layer.components >= 0]
-        speaks = inside[wanted[inside] & ~coupling.barred[inside]]
-        if not layer.selected or not len(speaks):
-            continue
-        left, each = int(doomed[speaks].sum()), len(speaks) / len(np.unique(speaks))
-        if left <= settings.ratio * len(speaks) - max(1.0, 0.02 * len(speaks)):
+        speaks = layer.present[free[layer.present]] if layer.selected else layer.present[:0]
+        left = int(np.count_nonzero(doomed[speaks]))
+        if len(speaks) and left <= settings.ratio * len(speaks) - max(1.0, 0.02 * len(speaks)):
+            each = len(speaks) / len(np.unique(speaks))
             units = [f"its channels leave {each:g} at a time, with those of other layers"] if each > 1 else []
             reason = " or ".join(_limits(settings) + units) or "what it is coupled to doesn't shrink further"
             got = f"{left / len(speaks):.0%} removed of {settings.ratio:.0%} asked"
@@ -120,12 +117,13 @@ def changes_of(coupling: Coupling, layers: list[Layer], doomed: Mask,
     """What gets smaller, in graph order: layers that make fewer channels, that read fewer, and norms between."""
     found: list[Shrunk] = []
     seen: set[tuple[str, str]] = set()
+    leaving = np.append(doomed, False)  # the last entry is that of the component -1
 
     def add(node: fx.Node, path: str, what: str, labels: Labels, why: str) -> None:
         if (path, what) in seen:
             return
         components = coupling.of(labels)
-        gone = np.flatnonzero((components >= 0) & doomed[components])
+        gone = leaving[components].nonzero()[0]
         if len(gone):
             seen.add((path, what))
             size = len(components)
@@ -155,16 +153,23 @@ def changes_of(coupling: Coupling, layers: list[Layer], doomed: Mask,
 def left_of(shrunk: Shrunk, by: str, scores: Scores | None) -> Left:
     """Which of its indices leave, in the numbering of the captured model, and what they scored against those that stay;
     of a layer that only reads what left, or norms it, just which."""
-    change, components = shrunk.change, shrunk.components
-    size = len(components)
-    numbers = survivors(shrunk.node, change.what, size)
-    kept: tuple[float, ...] = ()
+    change, components, gone = shrunk.change, shrunk.components, shrunk.gone
+    earlier = sum(len(left.indices) for left in removed(shrunk.node, change.what))
+    numbers = survivors(shrunk.node, change.what, len(components))[gone] if earlier else gone
     given: tuple[float, ...] = ()
+    least = None
     if scores is not None and change.why not in _FOLLOWING:
-        given = tuple(float(f"{score:.6g}") for score in scores[components[shrunk.gone]])
-        stays = np.delete(components, shrunk.gone)
-        kept = tuple(scores[stays[stays >= 0]])
-    finite = [score for score in kept if np.isfinite(score)]
-    return Left(change.what, size + sum(len(left.indices) for left in removed(shrunk.node, change.what)),
-                tuple(numbers[shrunk.gone].tolist()), change.why, by, given,
-                float(f"{min(finite):.6g}") if finite else None)
+        given = tuple(_shown(scores[components[gone]]).tolist())
+        stays = np.delete(components, gone)
+        kept = scores[stays[stays >= 0]]
+        kept = kept[np.isfinite(kept)]
+        least = float(_shown(kept.min(keepdims=True))[0]) if len(kept) else None
+    return Left(change.what, len(components) + earlier, tuple(numbers.tolist()), change.why, by, given, least)
+
+
+def _shown(scores: Scores) -> Scores:
+    """Scores to six digits, which is what a person may want to see."""
+    with np.errstate(divide="ignore"):
+        digits = 5 - np.floor(np.log10(np.abs(scores)))
+    unit = 10.0 ** np.abs(np.where(np.isfinite(digits), digits, 0))
+    return np.where(digits >= 0, np.round(scores * unit) / unit, np.round(scores / unit) * unit)

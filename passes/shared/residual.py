@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 from torch import fx
 
 from fxcompress.graph.coupling import Coupling, Mask
@@ -20,13 +19,10 @@ def stream(coupling: Coupling) -> Mask:
     other and to what makes its first value, their components are the width of the model, wherever it is used.
     """
     contracting = {entry.node for entry in coupling.flow.consumed}
-    mask = np.zeros(coupling.count, dtype=np.bool_)
-    for node in coupling.flow.nodes:
-        if kind_of(node) in ("add", "sub") and _is_residual(coupling, node, contracting):
-            for labels in tracked(coupling.flow.values[node]):
-                mask |= coupling.touched(labels)
-    found: Mask = mask & ~coupling.heads
-    return found
+    adds = [node for node in coupling.flow.nodes
+            if kind_of(node) in ("add", "sub") and _is_residual(coupling, node, contracting)]
+    carried = coupling.touched(labels for node in adds for labels in tracked(coupling.flow.values[node]))
+    return carried & ~coupling.heads
 
 
 def _is_residual(coupling: Coupling, node: fx.Node, contracting: set[fx.Node]) -> bool:
