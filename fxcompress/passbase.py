@@ -200,7 +200,7 @@ SCORES: Registry[Any] = Registry(  # `fxcompress.passes.shared.scores.Score`, or
 CRITERIA: Registry[Any] = Registry(  # `fxcompress.passes.shared.criteria.Criterion`, or a function of a `Scoring`
     "criterion", "fxcompress.criteria",
     {name: f"fxcompress.passes.shared.criteria:{name.upper()}"
-     for name in ("l1", "l2", "random", "bn_scale", "taylor", "hessian", "lamp", "fpgm")},
+     for name in ("l1", "l2", "random", "bn_scale", "taylor", "hessian", "lamp", "fpgm", "activation")},
 )
 
 

@@ -6,12 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
+from fxcompress.diagnostics import PolicyError
 from fxcompress.passbase import Facet, Pass, SizesFrom, param
-from fxcompress.policy.types import Boolean, Choice, Integer, OneOf, Percent, Registered
+from fxcompress.passes.shared.removal_settings import STRENGTH, raise_for_time, removal_problems
+from fxcompress.policy.types import Boolean, Choice, Integer, Number, OneOf, Percent, Registered, Time
+from fxcompress.policy.values import Duration, Ramp
 
 if TYPE_CHECKING:
     from fxcompress.graph.captured import Captured
     from fxcompress.graph.site import Outcome, Site
+    from fxcompress.passes.shared.choice import Choice as Chosen
 
 
 @dataclass(frozen=True)
@@ -30,8 +34,13 @@ class Remove(Pass):
         "blocks": "whole residual blocks (depth): `x + f(x)` becomes `x`, in the blocks that the selection reaches into",
     }
 
-    ratio: float = param(Percent(), "share of the selected channels to remove; left out, the planner finds the one "
-                         "that just meets the policy's budgets", None)
+    ratio: float | Ramp = param(
+        Percent(ramp=True), "share of the selected channels to remove, or a ramp over the phase: the share of those at "
+        "its beginning that has left by then; left out, the planner finds the one that just meets the policy's budgets",
+        None)
+    every: Duration | None = param(
+        Time(), "how often channels leave along a ramp, without it as soon as the ramp asks for one more; how often a "
+        "growing penalty grows, 10 steps without it", None)
     by: str = param(Registered("CRITERIA"), "what the least important channels are least in", "l2")
     align: int = param(Integer(low=1), "round the channels left in a layer to the nearest multiple of this", 1)
     scope: str = param(Choice(("local", "global", "isomorphic")), "rank within each group of coupled layers, or over "
@@ -52,7 +61,15 @@ class Remove(Pass):
     verify: str = param(Choice(("on", "off", "float64")), "prove the result equal to the model with those channels "
                         "zeroed; `float64` computes both in double precision", "on")
     seed: int = param(Integer(low=0), "seed of `by = random`", 0)
+    sparsify: str = param(
+        Choice(("none", "group_lasso", "growing")), "train with a penalty over the phase and remove at its end: a group "
+        "lasso on everything that leaves together, or an L2 penalty that grows on what `by` chooses at the beginning",
+        "none")
+    strength: float | None = param(
+        Number(low=0), "of the penalty, per unit of the learning rate of the optimizer that follows (per step where none "
+        "does): the factor of the group lasso, or what a growing penalty grows by each time; 0.001 without it", None)
     spread: float | None = field(default=None, repr=False)  # of a solved ratio: see `Ranking`; no parameter
+    choice: Chosen | None = field(default=None, repr=False, compare=False)  # a ramp's, for now; no parameter
 
     lever: ClassVar[str] = "ratio"
 
@@ -60,9 +77,24 @@ class Remove(Pass):
         """This pass with `ratio = share`; `spread` lets groups of channels of one size round at different ratios."""
         return replace(self, ratio=share, spread=spread)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        problems = removal_problems(self)
+        if problems:
+            raise PolicyError(problems)
+
+    def at(self, ratio: float, choice: Chosen | None = None) -> Remove:
+        """This pass at one time: it removes at once, up to `ratio`, what was chosen for it."""
+        return replace(self, ratio=ratio, every=None, sparsify="none", strength=None, choice=choice)
+
+    @property
+    def penalty(self) -> float:
+        """The strength of the penalty."""
+        return STRENGTH if self.strength is None else self.strength
+
     def untested(self) -> Remove:
         """This pass without its proof."""
-        return replace(self, verify="off")
+        return replace(self, verify="off", compensate=False)
 
     def sizes_from(self) -> SizesFrom:
         """Groups that are ranked together leave as many channels as their scores say."""
@@ -87,6 +119,11 @@ class Remove(Pass):
     def rewrite(self, graph: Captured, site: Site) -> Outcome:
         """Remove from the layers of `site`. Raises PlanError (FXC0304, FXC0340 to FXC0345) where that can't be done,
         and RewriteError (FXC0541) where the result would be wrong; then `graph` is as it was."""
+        if (isinstance(self.ratio, Ramp) or self.sparsify != "none") and not site.kept:
+            from fxcompress.passes.shared.ramping import begin
+
+            raise_for_time(self, site)
+            return begin(self, graph, site)
         from fxcompress.passes.shared.removing import remove
 
         return remove(self, graph, site)

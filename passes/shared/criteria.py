@@ -7,9 +7,9 @@ all the weights that belong to it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from fxcompress.diagnostics import Diagnostic, PlanError
 from fxcompress.passbase import CRITERIA
 
 Update = Callable[[Tensor, Tensor, Tensor], Tensor]
-Need = Literal["weights", "gradient", "scales"]
+Need = Literal["weights", "gradient", "scales", "response"]
 
 # The score so far, that of one more layer, the number of layers so far -> the score of a component.
 REDUCERS: Mapping[str, Update] = {
@@ -42,17 +42,43 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Response:
+    """What channels are on the calibration data at one place where they are read. `components` are (n) numbers of
+    components, each once; `mean`, `magnitude` and `square` the means of x, |x| and x² over all samples and positions
+    and all indices of the component, (n) each, float64."""
+
+    layer: str
+    components: Tensor
+    mean: Tensor
+    magnitude: Tensor
+    square: Tensor
+
+
+class Indexed(Protocol):
+    """Something that has numbers for components: a `Part` or a `Response`."""
+
+    @property
+    def components(self) -> Tensor:
+        """(indices): the component of each, -1 for none."""
+
+
+P = TypeVar("P", bound=Indexed)
+
+
+@dataclass(frozen=True)
 class Scoring:
     """What a criterion sees: the weights that make the components' channels, layer by layer in the order of the graph,
-    and the scales of the batch norms on them. `how` names the reducer over the layers of a component."""
+    the scales of the batch norms on them, and (only for a criterion that needs them) what the channels are on the
+    calibration data wherever they are read. `how` names the reducer over the layers of a component."""
 
     count: int
     weights: tuple[Part, ...]
     scales: tuple[Part, ...]
     generator: torch.Generator
     how: str = "mean"
+    responses: tuple[Response, ...] = ()
 
-    def reduce(self, parts: tuple[Part, ...], energy: Callable[[Part], Tensor],
+    def reduce(self, parts: tuple[P, ...], energy: Callable[[P], Tensor],
                finish: Callable[[Tensor], Tensor] = lambda total: total) -> Tensor:
         """For each part, `energy` (one number an index) summed over the indices of a component; `finish` of these sums,
         one for each component that the part has; then `how` over the parts that have the component. Components in no
@@ -102,10 +128,19 @@ class Criterion:
 
 
 def _without_scale(scoring: Scoring) -> set[str]:
+    return _uncovered(scoring, scoring.scales)
+
+
+def _uncovered(scoring: Scoring, parts: Iterable[Indexed]) -> set[str]:
+    """The layers of which `parts` don't have every component."""
     covered = torch.zeros(scoring.count, dtype=torch.bool)
-    for part in scoring.scales:
+    for part in parts:
         covered[part.components[part.components >= 0]] = True
     return {part.layer for part in scoring.weights if not covered[part.components[part.components >= 0]].all()}
+
+
+def _without_response(scoring: Scoring) -> set[str]:
+    return _uncovered(scoring, scoring.responses)
 
 
 def _without_gradient(scoring: Scoring) -> set[str]:
@@ -119,6 +154,8 @@ _LACKING: Mapping[str, tuple[Callable[[Scoring], set[str]], str, str]] = {
     "gradient": (_without_gradient, "a gradient on",
                  "run a forward and a backward pass first and keep `.grad` on the parameters (frozen weights and "
                  "weights that are computed from others have none), or rank by `l2`"),
+    "response": (_without_response, "values on the data that can be measured in",
+                 "leave these layers out (what they make is read inside of one fused module), or rank by `l2`"),
 }
 
 
@@ -173,6 +210,14 @@ def fpgm(scoring: Scoring) -> Tensor:
     return scoring.reduce(scoring.weights, lambda part: torch.cdist(part.rows, part.rows).sum(1))
 
 
+def activation(scoring: Scoring) -> Tensor:
+    """mean of |x| over the calibration data, x a value of the channel where it is read, behind norm, activation and
+    pooling: the "mean activation" of Molchanov et al., "Pruning Convolutional Neural Networks for Resource Efficient
+    Inference", 2017, with the magnitude for functions that go below zero (behind ReLU it is the same). A channel that
+    is read in several places is reduced over them. Hu et al., "Network Trimming", 2016, count zeros instead."""
+    return scoring.reduce(scoring.responses, lambda part: part.magnitude)
+
+
 def _gradient(part: Part) -> Tensor:
     assert part.grad is not None, "a criterion is asked only where its needs are met"
     return part.grad
@@ -186,6 +231,7 @@ TAYLOR = Criterion(taylor, needs="gradient", comparable=True)
 HESSIAN = Criterion(hessian, needs="gradient", comparable=True)
 LAMP = Criterion(lamp, comparable=True)
 FPGM = Criterion(fpgm)
+ACTIVATION = Criterion(activation, needs="response")
 
 
 def register_criterion(name: str, needs: Need = "weights",
@@ -195,7 +241,8 @@ def register_criterion(name: str, needs: Need = "weights",
 
     The function takes a `Scoring` and gives one finite score a component, higher for what should stay; `Scoring.reduce`
     gathers it layer by layer. With `needs="gradient"` every part of `scoring.weights` has its `grad`, with
-    `needs="scales"` every component is in a part of `scoring.scales`. Scores that are not `comparable` are divided by
+    `needs="scales"` every component is in a part of `scoring.scales`, with `needs="response"` in one of
+    `scoring.responses`, which want calibration data. Scores that are not `comparable` are divided by
     the mean of their group where groups are ranked together (`normalize = auto`).
 
         @register_criterion("largest")

@@ -13,6 +13,7 @@ from fxcompress.graph.ops import arguments, kind_of
 from fxcompress.passes.shared.criteria import Part, Scoring, criterion_of
 from fxcompress.passes.shared.layers import Ints, Layer
 from fxcompress.passes.shared.ranking import Scores
+from fxcompress.passes.shared.responses import Measured, responses_of
 
 if TYPE_CHECKING:
     from fxcompress.passes.remove import Remove
@@ -20,8 +21,10 @@ if TYPE_CHECKING:
 NORMS = frozenset((*(f"batchnorm{n}d" for n in (1, 2, 3)), "batchnorm"))
 
 
-def scores_of(settings: Remove, coupling: Coupling, layers: list[Layer], candidates: Mask) -> Scores:
-    """One number a component. On a skeleton the first ones leave."""
+def scores_of(settings: Remove, coupling: Coupling, layers: list[Layer], candidates: Mask,
+              measured: Measured | None = None) -> Scores:
+    """One number a component; `measured` is what calibration data say of the candidates. On a skeleton the first ones
+    leave."""
     if not coupling.captured.concrete:
         return np.arange(coupling.count, dtype=np.float64)
     numbers = np.full(coupling.count, -1, dtype=np.int64)
@@ -30,7 +33,8 @@ def scores_of(settings: Remove, coupling: Coupling, layers: list[Layer], candida
     generator = torch.Generator().manual_seed(settings.seed)
     weights = tuple(_parts(coupling, layers, numbers))
     scales = tuple(_scales(coupling, numbers))
-    scoring = Scoring(len(chosen), weights, scales, generator, settings.reduce)
+    responses = responses_of(coupling, measured or {}, numbers)
+    scoring = Scoring(len(chosen), weights, scales, generator, settings.reduce, responses)
     result = np.full(coupling.count, np.inf)
     result[chosen] = criterion_of(settings.by).score(scoring, settings.by).double().cpu().numpy()
     return result

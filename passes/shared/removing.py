@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,16 +16,18 @@ from fxcompress.graph.coupling_apply import Removal
 from fxcompress.graph.coupling_apply import remove as apply_removal
 from fxcompress.graph.coupling_proof import prove
 from fxcompress.graph.ops import kind_of
-from fxcompress.graph.provenance import origins_of, touch
+from fxcompress.graph.provenance import Marker, origins_of
 from fxcompress.graph.site import UNKNOWN_WEIGHTS, Change, Outcome, Site
 from fxcompress.graph.verify import signature
 from fxcompress.passes.shared.blocks import remove_blocks
-from fxcompress.passes.shared.constants import Fold
+from fxcompress.passes.shared.choice import Choice, repeated
+from fxcompress.passes.shared.folding import Fold
 from fxcompress.passes.shared.layers import Groups, Layer, layers_of, mask_of, owners_of
 from fxcompress.passes.shared.ranking import Ranking, Scores
 from fxcompress.passes.shared.removal_report import blocked, changes_of, coupled_reasons, left_of, place_of, shortfalls
 from fxcompress.passes.shared.removal_scores import scores_of
 from fxcompress.passes.shared.residual import stream
+from fxcompress.passes.shared.responses import Measured, measured_for
 
 if TYPE_CHECKING:
     from fxcompress.passes.remove import Remove
@@ -31,37 +35,76 @@ if TYPE_CHECKING:
 
 def remove(settings: Remove, captured: Captured, site: Site) -> Outcome:
     """Remove what `settings` asks for from the layers of `site`; see `Remove.rewrite`."""
-    what = site.what or "channels"
     if settings.free:
         raise _error("FXC0345", "`ratio` is left out, and there is no budget to solve it from", site, [],
                      "give the share to remove, `Remove(ratio=0.5)`; or run the pass in a policy with a `budget`")
-    if what == "blocks":
+    if site.what == "blocks":
         return remove_blocks(settings, captured, site)
-    coupling = analyse(captured, "head_dim" if what == "head_dim" else "heads")
+    if settings.choice is None and site.kept is None:
+        return _chosen(settings, captured, survey(settings, captured, site), site)
+    coupling = analyse(captured, split_of(site))
+    measured = measured_for(settings, coupling, settings.choice.doomed, site) if settings.choice is not None else None
+    choice = settings.choice or repeated(coupling, site.kept or {})
+    return _removed(settings, captured, coupling, layers_of(coupling, site.nodes), choice, measured, site)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What of a selection can leave: the components that it speaks of (`wanted`), and those of them that may go."""
+
+    coupling: Coupling
+    layers: list[Layer]
+    wanted: Mask
+    candidates: Mask
+    notes: tuple[str, ...]
+
+
+def split_of(site: Site) -> str:
+    """Which axis of split dimensions stays removable for what leaves at `site`."""
+    return "head_dim" if site.what == "head_dim" else "heads"
+
+
+def survey(settings: Remove, captured: Captured, site: Site) -> Survey:
+    """Look at what `site` selects. Raises PlanError (FXC0304, FXC0341, FXC0342)."""
+    coupling = analyse(captured, split_of(site))
     layers = layers_of(coupling, site.nodes)
-    wanted = _wanted(coupling, layers, what, site)
+    wanted = _wanted(coupling, layers, site.what or "channels", site)
     candidates = wanted & ~coupling.barred
     notes: list[str] = []
     if candidates.any():
         candidates = _coupled(settings, coupling, layers, candidates, site, notes)
     if settings.exact:
         _refuse_inexact(coupling, layers, candidates, site)
+    return Survey(coupling, layers, wanted, candidates, tuple(notes))
+
+
+def _chosen(settings: Remove, captured: Captured, found: Survey, site: Site) -> Outcome:
+    """Choose among what was found by its scores, and remove that."""
+    coupling, layers, candidates, notes = found.coupling, found.layers, found.candidates, list(found.notes)
     groups = Groups(coupling, layers, candidates)
     doomed, scores = np.zeros(coupling.count, dtype=np.bool_), np.zeros(coupling.count)
+    measured: Measured | None = None
     if candidates.any():
-        scores = scores_of(settings, coupling, layers, candidates)
+        measured = measured_for(settings, coupling, candidates, site)
+        scores = scores_of(settings, coupling, layers, candidates, measured)
         ranking = Ranking(settings, groups, scores)
         doomed = ranking.choose()
         notes += ranking.notes
-    notes += shortfalls(settings, coupling, layers, wanted, doomed)
+    notes += shortfalls(settings, coupling, layers, found.wanted, doomed)
     if not doomed.any() and settings.spread is not None:
         return Outcome((), tuple(notes))
     if not doomed.any():
-        raise _nothing(settings, coupling, layers, wanted, notes, site)
-    notes += _inexact_notes(coupling, layers, doomed)
+        raise _nothing(settings, coupling, layers, found.wanted, notes, site)
+    return _removed(settings, captured, coupling, layers, Choice(doomed, scores, tuple(notes)), measured, site)
+
+
+def _removed(settings: Remove, captured: Captured, coupling: Coupling, layers: list[Layer], choice: Choice,
+             measured: Measured | None, site: Site) -> Outcome:
+    """Remove what was chosen, and prove it."""
+    doomed, notes = choice.doomed, [*choice.notes, *_inexact_notes(coupling, layers, choice.doomed)]
     if captured.concrete and settings.verify != "off":
         notes += _proven(captured, coupling, doomed, settings.verify == "float64")
-    return _carried_out(settings, captured, coupling, layers, doomed, scores, site, notes)
+    return _carried_out(settings, captured, coupling, layers, doomed, choice.scores, measured, site, notes)
 
 
 def _error(code: str, message: str, site: Site, notes: list[str], help_: str) -> PlanError:
@@ -107,7 +150,7 @@ def _hidden(coupling: Coupling, layers: list[Layer]) -> Mask:
     makers = np.ones(coupling.count, dtype=np.bool_)
     for layer in layers:
         if not is_linear(layer.node):
-            makers[layer.components[layer.components >= 0]] = False
+            makers[layer.present] = False
     hidden: Mask = (readers == 1) & makers & ~coupling.heads & ~coupling.inexact
     return hidden
 
@@ -131,7 +174,7 @@ def _coupled(settings: Remove, coupling: Coupling, layers: list[Layer], candidat
     owner = owners_of(others, coupling.count)
     for layer in layers:
         if layer.selected and layer.inside(tied):
-            owners = owner[layer.components[layer.components >= 0]]
+            owners = owner[layer.present]
             other = others[int(owners[owners >= 0].min())]
             notes.append(f"{layer.path} keeps what is tied to {other.path}, which isn't selected (couple = skip)")
     return candidates & ~tied
@@ -150,9 +193,9 @@ def _refuse_inexact(coupling: Coupling, layers: list[Layer], candidates: Mask, s
 def _inexact_notes(coupling: Coupling, layers: list[Layer], chosen: Mask) -> list[str]:
     """One line for each operator that notices a removal among `chosen`, with the layers concerned."""
     lines: dict[str, list[str]] = {}
-    for layer in layers:
-        inside = layer.components[layer.components >= 0]
-        inside = inside[chosen[inside] & coupling.inexact[inside]]
+    noticed = chosen & coupling.inexact
+    for layer in layers if noticed.any() else ():
+        inside = layer.present[noticed[layer.present]]
         if len(inside):
             event = coupling.notice(int(inside[0]))
             assert event is not None
@@ -193,22 +236,26 @@ def _proven(captured: Captured, coupling: Coupling, doomed: Mask, double: bool) 
 
 
 def _carried_out(settings: Remove, captured: Captured, coupling: Coupling, layers: list[Layer], doomed: Mask,
-                 scores: Scores, site: Site, notes: list[str]) -> Outcome:
+                 scores: Scores | None, measured: Measured | None, site: Site, notes: list[str]) -> Outcome:
     kinds = {node: kind_of(node) for node in coupling.flow.nodes}
     before = {node.name: (signature(node), len(origins_of(node))) for node in coupling.flow.nodes}
     changes = changes_of(coupling, layers, doomed, kinds)
     which = [left_of(shrunk, settings.by, scores) if captured.concrete else None for shrunk in changes]
-    fold = Fold(coupling, doomed[coupling.component]).gather()
+    fold = Fold(coupling, doomed[coupling.component], measured if settings.compensates(site) else None).gather()
     removal: Removal = apply_removal(coupling, doomed)
-    notes += fold.carry_out()
+    mark, now = Marker(settings, site), {node.name: node for node in captured.module.graph.nodes}
+    for reader in fold.carry_out():
+        for place in _living(captured, reader, now):
+            mark.touch(place, "takes what left into its bias")
+    notes += fold.notes()
     for shrunk, left in zip(changes, which, strict=True):
         node, change = shrunk.node, shrunk.change
-        for place in _living(captured, node):
-            touch(place, settings, site, f"{change.what} {change.before} -> {change.after}", (node.name,), left)
-    for node in captured.module.graph.nodes:
+        for place in _living(captured, node, now):
+            mark.touch(place, f"{change.what} {change.before} -> {change.after}", (node.name,), left)
+    for node in now.values():
         was, count = before.get(node.name, (None, 0))
         if was != signature(node) and len(origins_of(node)) == count and node.op not in ("placeholder", "output"):
-            touch(node, settings, site, "follows what left" if was else "a step of a module written out")
+            mark.touch(node, "follows what left" if was else "a step of a module written out")
     shown = [shrunk.change for shrunk in changes]
     unknown: tuple[str, ...] = ()
     if not captured.concrete:
@@ -219,9 +266,7 @@ def _carried_out(settings: Remove, captured: Captured, coupling: Coupling, layer
     return Outcome(tuple(shown), tuple(notes), unknown, resized=removal.resized)
 
 
-def _living(captured: Captured, node: fx.Node) -> list[fx.Node]:
-    """The node, or those that took its place."""
+def _living(captured: Captured, node: fx.Node, now: Mapping[str, fx.Node]) -> list[fx.Node]:
+    """The node, or those that took its place, of the nodes `now` in the graph by name."""
     names = captured.moved.get(node.name)
-    if names is None:
-        return [node]
-    return [other for other in captured.module.graph.nodes if other.name in names]
+    return [node] if names is None else [now[name] for name in names if name in now]
