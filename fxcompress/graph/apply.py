@@ -70,8 +70,11 @@ def fitting(pass_: Pass | type[Pass], selecting: Selecting, selector: Selector,
 
 
 def at_end(pass_: Pass) -> Pass:
-    """`pass_` with every ramp at its end."""
-    ends = {f.name: value.end for f in fields(pass_) if isinstance(value := getattr(pass_, f.name), Ramp)}
+    """`pass_` with every ramp at its end, and nothing to repeat on the way there."""
+    ends: dict[str, object] = {f.name: value.end for f in fields(pass_)
+                               if isinstance(value := getattr(pass_, f.name), Ramp)}
+    if ends and any(f.name == "every" for f in fields(pass_)):
+        ends["every"] = None
     return replace(pass_, **ends)
 
 

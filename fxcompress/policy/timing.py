@@ -12,8 +12,8 @@ START = "(start)"  # the phase of the actions that stand in no phase
 
 
 def timing_problems(phases: Iterable[Phase]) -> list[Diagnostic]:
-    """Ramps and repetitions in a phase that has no window (FXC0520); weights to rewind to that aren't there yet when
-    the phase begins (FXC0522)."""
+    """Ramps and repetitions (FXC0520) and regularised training (FXC0509) in a phase that has no window; weights to
+    rewind to that aren't there yet when the phase begins (FXC0522)."""
     found: list[Diagnostic] = []
     for phase in phases:
         problems = _without_window if phase.window is None else _rewinds
@@ -40,6 +40,12 @@ def _without_window(phase: Phase, action: Action) -> Iterator[Diagnostic]:
                 secondary=() if outside else (Label(phase.span, "has no window"),),
                 help=f"{'put it into a phase with a window' if outside else 'give the phase a window'}: "
                      f"`phase {'sparsify' if outside else phase.name} over epochs 0..10`")
+        elif name == "sparsify" and value != "none":
+            yield Diagnostic(
+                "FXC0509", f"`sparsify` has no time to train: {why}", Label(action.value_spans.get(name, action.span)),
+                secondary=() if outside else (Label(phase.span, "has no window"),),
+                help=f"{'put it into a phase with a window' if outside else 'give the phase a window'}: "
+                     f"`phase {'thin' if outside else phase.name} over epochs 0..10`")
 
 
 def _rewinds(phase: Phase, action: Action) -> Iterator[Diagnostic]:

@@ -118,7 +118,9 @@ class Ranking:
                 taken[group] += each * layer.selected
         normalize = NORMALIZERS[self._normalizer()]
         for group, inside in enumerate(self.groups.members):
-            scores[inside] = normalize(self.scores[inside])
+            ranked = inside[np.isfinite(self.scores[inside])]  # those that leave anyway are minus infinity
+            scores[inside] = self.scores[inside]
+            scores[ranked] = normalize(self.scores[ranked]) if len(ranked) else ()
             weights[inside] = taken[group]
         kinds = self.groups.structures if self.settings.scope == "isomorphic" else [list(range(len(taken)))]
         keep = [len(inside) for inside in self.groups.members]
