@@ -29,7 +29,7 @@ from . import frames
 from .assemble import assemble
 from .captured import Captured, Example
 from .dynamic import UntraceableError
-from .probe import Fakes, map_tensors, quiet
+from .probe import Fakes, FakesOnDevice, map_tensors, quiet
 from .propagate import device_of
 from .recorder import Recorder
 from .trace import Traced, leaf_kind, plain, state_names, vanishes, watched_modes
@@ -87,7 +87,7 @@ def _leaf_shapes(inputs: list[Tensor], call: str) -> list[Tensor]:
     leaf = _now.calls[call]
     mode = next(tensor.fake_mode for tensor in inputs if hasattr(tensor, "fake_mode"))
     args, kwargs = leaf.arguments(inputs)
-    fakes = Fakes((1,), inputs[0].device, mode)
+    fakes = FakesOnDevice(inputs[0].device, mode)
     _now.computing = True
     try:
         result = fakes.run_module(leaf.module, args, kwargs)

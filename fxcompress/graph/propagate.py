@@ -82,10 +82,9 @@ def _value(node: fx.Node, root: nn.Module, fakes: Fakes, args: tuple[Any, ...], 
         return fakes.of(value) if isinstance(value, Tensor) else value
     if node.op == "call_module":
         return fakes.run_module(root.get_submodule(str(node.target)), args, kwargs)
-    with fakes.mode:
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+    if node.op == "call_method":
+        return fakes.call(getattr(type(args[0]), str(node.target)), args, kwargs)
+    return fakes.call(node.target, args, kwargs)  # type: ignore[arg-type]
 
 
 def _does_not_fit(node: fx.Node, batch: int, error: Exception, results: Results) -> RewriteError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -21,6 +22,7 @@ from .dynamic import DynFloat, DynInt, UntraceableError, holds_for_every_batch
 from .opbase import Op
 from .ops import OPS
 from .probe import Fakes
+from .shapes import META
 from .sources import Source, sources
 from .tidy import tidy
 from .trace_errors import RAISED_BY_MODELS
@@ -171,7 +173,7 @@ class Recorder:
         if not self.tracked(tensor):
             return function(tensor)
         value = self.value(tensor)
-        fakes = self._compute(function, (tensor,), {}, "clone")
+        fakes = self._compute(partial(self.fakes.call, function), (tensor,), {}, "clone")
         if fakes[0] is value.fakes[0]:
             return tensor
         return self._keep(value.node, fakes[0], fakes).tensor
@@ -239,7 +241,7 @@ class Recorder:
         """Append the canonical node of `op`, or a call of the module whose twin computes it, and give back its
         value."""
         args, kwargs = op.normal(values)
-        results = self._compute(op.target, args, kwargs, op.name)
+        results = self._compute(partial(self.fakes.call, op.target), args, kwargs, op.name)
         path = self.twin(op, values) if self.twin is not None else None
         if path is not None:
             return self._append("call_module", path, (values["input"],), {}, path.replace(".", "_"), results)
@@ -247,11 +249,9 @@ class Recorder:
 
     def emit_module(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any], module: nn.Module) -> Any:
         """Append a call of the leaf module at `path`."""
-        def run(*inputs: Any, **named: Any) -> Any:
-            return self.fakes.run_module(module, inputs, named)
-
         name = path.replace(".", "_")
-        return self._append("call_module", path, args, kwargs, name, self._compute(run, args, kwargs, name))
+        results = self._compute(partial(self.fakes.run_module, module), args, kwargs, name)
+        return self._append("call_module", path, args, kwargs, name, results)
 
     def _append(self, kind: str, target: Any, args: Any, kwargs: Any, name: str, results: tuple[Any, ...]) -> Any:
         """Append a node with the value `results`, unless that is a constant, and give back what the model gets."""
@@ -261,15 +261,16 @@ class Recorder:
                           results)
 
     def _call_as_is(self, function: Callable[..., Any], args: Any, kwargs: Any, name: str) -> Any:
-        return self._append("call_function", function, args, kwargs, name, self._compute(function, args, kwargs, name))
+        results = self._compute(partial(self.fakes.call, function), args, kwargs, name)
+        return self._append("call_function", function, args, kwargs, name, results)
 
     def _compute(self, run: Callable[..., Any], args: Any, kwargs: Any, name: str) -> tuple[Any, ...]:
         """The fake result in every probe."""
         results: list[Any] = []
-        with torch.no_grad(), self.fakes.mode:
+        with torch.no_grad():
             for probe in range(len(self.fakes.batches)):
                 try:
-                    results.append(run(*self.probe(args, probe), **self.probe(kwargs, probe)))
+                    results.append(run(self.probe(args, probe), self.probe(kwargs, probe)))
                 except (DynamicOutputShapeException, DataDependentOutputException) as error:
                     reason = f"the shape of what `{name}` gives depends on the value of a tensor"
                     raise UntraceableError(reason, self.source()) from error
@@ -281,12 +282,15 @@ class Recorder:
         return tuple(results)
 
     def _wrap(self, node: fx.Node, results: tuple[Any, ...]) -> Any:
-        """What the model gets for `node`: fake tensors and dynamic numbers it can go on with."""
+        """What the model gets for `node`: fake tensors and dynamic numbers it can go on with. Models that look at what
+        is in a mask ask first if it is a `FakeTensor`, so those of whole numbers are."""
         first = results[0]
         if node not in self.results:
             self._describe(node, results)
         if isinstance(first, Tensor):
             shared = self.values.get(id(first))
+            if not (first.is_floating_point() or first.is_complex()):
+                first, shared = self.fakes.on_device(first), None
             return self._keep(node, first if shared is None else first.view_as(first), results).tensor
         if isinstance(first, tuple | list):
             if any(len(result) != len(first) for result in results):
@@ -362,7 +366,7 @@ class Recorder:
                 return found.fakes[probe] if found is not None else self.fakes.of(item)
             if isinstance(item, DynInt | DynFloat):
                 return item.values[probe]
-            return item.value if isinstance(item, Held) else item
+            return META if isinstance(item, Held) else item
 
         return map_leaves(value, leaf)
 

@@ -69,6 +69,8 @@ class _Mode(TorchFunctionMode):
             return _VIEWS[name](rec, tensor)
         if name == "device":
             return rec.device
+        if name in _ON_DEVICE:
+            return rec.device.type == name.removeprefix("is_")
         value = func(tensor)
         if isinstance(value, Tensor) and name not in ("grad", "_base"):
             rec.refuse(f"the model reads `.{name}` of a tensor")
@@ -79,6 +81,9 @@ class _Mode(TorchFunctionMode):
         if self.recorder.tracked(args[0]) and name != "requires_grad":
             self.recorder.refuse(f"the model sets `.{name}` of a tensor")
         return None if self.recorder.tracked(args[0]) else func(*args)
+
+
+_ON_DEVICE = frozenset(f"is_{name}" for name in "cpu cuda meta mps xpu hpu ipu xla mtia vulkan maia".split())
 
 
 def _transposed(method: str) -> Callable[[Recorder, Tensor], Any]:

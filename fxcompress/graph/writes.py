@@ -136,12 +136,16 @@ def _size(rec: Recorder, base: Tensor, dim: int | None = None) -> Any:
     return rec.shape_of(base) if dim is None else rec.shape_of(base)[dim]
 
 
+def _get_device(rec: Recorder, base: Tensor) -> int:
+    return -1 if rec.device.index is None else rec.device.index
+
+
 def _nothing(rec: Recorder, *args: Any, **kwargs: Any) -> None:
     """An assertion on values: the graph has none."""
 
 
 WRITES: Mapping[str, Callable[..., Any]] = {
     "__setitem__": set_item, "copy_": _copy, "zero_": _zero, "fill_": _fill, "requires_grad_": _requires_grad,
-    "__len__": _length, "size": _size, "sym_size": _size, "_assert": _nothing, "_assert_async": _nothing,
-    "_assert_scalar": _nothing, "_assert_tensor_metadata": _nothing,
+    "__len__": _length, "size": _size, "sym_size": _size, "get_device": _get_device,
+    "_assert": _nothing, "_assert_async": _nothing, "_assert_scalar": _nothing, "_assert_tensor_metadata": _nothing,
 }
