@@ -63,9 +63,11 @@ class Block:
         return frozenset(node for one in self.residuals for node in (one.add, *one.region))
 
     @cached_property
-    def stage(self) -> tuple[str, object]:
-        """What blocks of one stage have in common: the list of modules that they stand in, and the shape of x."""
-        return re.sub(r"\d+", "*", self.path), self.residuals[0].add.meta["fxc"].shape
+    def stage(self) -> tuple[object, ...]:
+        """What blocks of one stage have in common: the list of modules that they stand in, the shape of x, and how
+        their layers are called (the attentions of T5's blocks stand beside perceptrons)."""
+        layers = tuple(path_of(node).removeprefix(self.path) for one in self.residuals for node in one.layers)
+        return re.sub(r"\d+", "*", self.path), self.residuals[0].add.meta["fxc"].shape, layers
 
     @cached_property
     def structure(self) -> object:
