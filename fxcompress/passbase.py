@@ -189,7 +189,8 @@ class Registry(Generic[T]):
 
 VERBS: Registry[type[Pass]] = Registry(
     "verb", "fxcompress.verbs",
-    {"mask": "fxcompress.passes.mask:Mask", "remove": "fxcompress.passes.remove:Remove"},
+    {"mask": "fxcompress.passes.mask:Mask", "quantize": "fxcompress.passes.quantize:Quantize",
+     "remove": "fxcompress.passes.remove:Remove"},
 )
 
 SCORES: Registry[Any] = Registry(  # `fxcompress.passes.shared.scores.Score`, or a function of the weight alone
@@ -201,6 +202,12 @@ CRITERIA: Registry[Any] = Registry(  # `fxcompress.passes.shared.criteria.Criter
     "criterion", "fxcompress.criteria",
     {name: f"fxcompress.passes.shared.criteria:{name.upper()}"
      for name in ("l1", "l2", "random", "bn_scale", "taylor", "hessian", "lamp", "fpgm", "activation")},
+)
+OBSERVERS: Registry[Any] = Registry(  # classes of `fxcompress.nn.observers.Observer`
+    "observer", "fxcompress.observers",
+    {name: f"fxcompress.nn.observers:{attribute}"
+     for name, attribute in (("minmax", "MinMax"), ("moving_average", "MovingAverage"), ("percentile", "Percentile"),
+                             ("histogram", "Histogram"), ("mse", "Mse"), ("kl", "Kl"))},
 )
 
 

@@ -1,0 +1,103 @@
+"""Batch norms folded into the convolutions and linear layers before them, as they compute in evaluation mode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxcompress.graph.captured import Captured
+from fxcompress.graph.ops import arguments, kind_of, module_of, path_of
+from fxcompress.passes.shared.masking import parameter_of
+from fxcompress.passes.shared.weights import expose, unexposable
+
+_PRODUCTS = ("conv1d", "conv2d", "conv3d", "linear")
+_NORMS = ("batchnorm1d", "batchnorm2d", "batchnorm3d")
+
+
+def foldable(captured: Captured, node: fx.Node) -> fx.Node | None:
+    """The batch norm that can be folded into `node`: a call of a module that alone reads the product, whose weight
+    nothing else reads. None where there is none."""
+    users = list(node.users)
+    if kind_of(node) not in _PRODUCTS or len(users) != 1 or kind_of(users[0]) not in _NORMS:
+        return None
+    norm = users[0]
+    if norm.op != "call_module" or module_of(norm).running_mean is None or len(_calls(captured, str(norm.target))) > 1:
+        return None
+    if node.op == "call_module" and (unexposable(node) or len(_calls(captured, str(node.target))) > 1):
+        return None
+    weight = parameter_of(node, "weight")
+    if weight is None or _reads(captured, captured.module.get_parameter(weight)) > 1:
+        return None
+    return norm
+
+
+def fold(captured: Captured, nodes: Iterable[fx.Node]) -> list[tuple[fx.Node, str]]:
+    """Fold the batch norm behind each of `nodes` where there is one to fold; returns those nodes, each with the path of
+    its norm, which is gone. Masked weights stay masked: their channels are only scaled. The caller refreshes.
+
+    w' = w·γ/√(σ² + ε), b' = (b − μ)·γ/√(σ² + ε) + β (Jacob et al., 2018, section 3.2).
+    """
+    folded = []
+    for node in nodes:
+        norm = foldable(captured, node)
+        if norm is not None:
+            path = str(norm.target)
+            _fold(captured, node, norm)
+            captured.module.delete_submodule(path)
+            folded.append((node, path))
+    return folded
+
+
+def _calls(captured: Captured, target: str) -> list[fx.Node]:
+    return [node for node in captured.graph.nodes if node.op == "call_module" and node.target == target]
+
+
+def _reads(captured: Captured, tensor: Tensor) -> int:
+    """How many modules and nodes hold or read the very tensor."""
+    names = {name for name, found in captured.module.named_parameters(remove_duplicate=False) if found is tensor}
+    return max(len(names), sum(node.op == "get_attr" and node.target in names for node in captured.graph.nodes))
+
+
+def _fold(captured: Captured, node: fx.Node, norm: fx.Node) -> None:
+    module = module_of(norm)
+    expose(captured, node)
+    name = parameter_of(node, "weight")
+    assert name is not None
+    weight = captured.module.get_parameter(name)
+    with torch.no_grad():
+        scale = (module.running_var.double() + module.eps).rsqrt()
+        if module.weight is not None:
+            scale = scale * module.weight.double()
+        shift = -module.running_mean.double() * scale
+        if module.bias is not None:
+            shift = shift + module.bias.double()
+        bias = _bias(captured, node, weight)
+        bias.copy_((bias.double() * scale + shift).to(bias.dtype))
+        weight.copy_((weight.double() * scale.reshape(-1, *[1] * (weight.dim() - 1))).to(weight.dtype))
+    path = path_of(node)
+    captured.replace(norm, node)
+    node.meta["path"] = path
+
+
+def _bias(captured: Captured, node: fx.Node, weight: Tensor) -> Tensor:
+    """The bias parameter of `node`; one of zeros is made where there is none."""
+    name = parameter_of(node, "bias")
+    if name is None:
+        owner = captured.module.get_submodule(path_of(node))
+        owner.register_parameter("bias", nn.Parameter(weight.new_zeros(weight.shape[0])))
+        name = f"{path_of(node)}.bias"
+        with captured.graph.inserting_before(node):
+            read = captured.graph.get_attr(name)
+        read.meta["path"] = path_of(node)
+        _give(node, bias=read)
+    return captured.module.get_parameter(name)
+
+
+def _give(node: fx.Node, **values: object) -> None:
+    from fxcompress.graph.ops import op_of
+
+    op = op_of(node)
+    assert op is not None
+    node.args, node.kwargs = op.normal({**arguments(node), **values})

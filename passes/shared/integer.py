@@ -1,0 +1,137 @@
+"""What runs in integers: the table of operators, the regions that fuse, and the grids that values share.
+
+A *product* (convolution, linear layer) multiplies integers. What follows it and is computed in the same kernel belongs
+to its region: an activation, or an addition with an activation behind it. Operators that only move numbers pass
+integers through on one grid (one scale and zero point), so that nothing is quantized twice between two products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import fx
+
+from fxcompress.graph.ops import arguments, kind_of
+
+Role = Literal["product", "activation", "add", "passes", "joins"]
+
+# Operator -> what it does to integers. Of the activations those that the kernels apply to their own result.
+ROLES: Mapping[str, Role] = {
+    **dict.fromkeys(("conv2d", "linear"), "product"),
+    **dict.fromkeys(("relu", "relu6", "hardtanh", "hardswish", "silu"), "activation"),
+    "add": "add",
+    **dict.fromkeys(("max_pool2d", "reshape", "view", "flatten", "unflatten", "permute", "transpose", "squeeze",
+                     "unsqueeze", "contiguous", "getitem", "chunk", "split", "reorder"), "passes"),
+    **dict.fromkeys(("cat", "stack"), "joins"),
+}
+AFTER_ADD = ("relu",)  # activations that a kernel applies behind an addition
+
+
+@dataclass(frozen=True)
+class Region:
+    """A product and what its kernel computes with it: in order, `add` with the node it adds, and the activation."""
+
+    product: fx.Node
+    add: fx.Node | None = None
+    other: fx.Node | None = None
+    activation: fx.Node | None = None
+
+    @property
+    def end(self) -> fx.Node:
+        """The node whose value the kernel gives."""
+        return self.activation or self.add or self.product
+
+
+def role_of(node: fx.Node) -> Role | None:
+    """What `node` does to integers, None where it wants floats."""
+    return ROLES.get(kind_of(node))
+
+
+def regions_of(products: Iterable[fx.Node]) -> list[Region]:
+    """The region of each product, in their order. An addition belongs to the last product that feeds it."""
+    taken: dict[fx.Node, Region] = {}
+    order = {node: place for place, node in enumerate(next(iter(products)).graph.nodes)} if products else {}
+    for product in sorted(products, key=lambda node: -order[node]):
+        taken[product] = _region(product, {region.add for region in taken.values()})
+    return [taken[product] for product in products]
+
+
+def _region(product: fx.Node, added: set[fx.Node | None]) -> Region:
+    user = _only_user(product)
+    if user is None:
+        return Region(product)
+    if role_of(user) == "activation":
+        return Region(product, activation=user)
+    if role_of(user) == "add" and user not in added:
+        other = _other(user, product)
+        if other is not None:
+            then = _only_user(user)
+            fused = then if then is not None and kind_of(then) in AFTER_ADD else None
+            return Region(product, user, other, fused)
+    return Region(product)
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    users = list(node.users)
+    return users[0] if len(users) == 1 else None
+
+
+def _other(add: fx.Node, product: fx.Node) -> fx.Node | None:
+    """What is added to the product: a node of the same shape, added once and unscaled; None otherwise."""
+    values = arguments(add)
+    sides = [values["input"], values["other"]]
+    others = [side for side in sides if side is not product]
+    if values.get("alpha", 1) != 1 or len(others) != 1 or not isinstance(others[0], fx.Node):
+        return None
+    same = getattr(others[0].meta.get("fxc"), "shape", None) == getattr(product.meta.get("fxc"), "shape", ())
+    return others[0] if same else None
+
+
+def data_of(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose numbers `node` moves or multiplies: all of a concatenation, else its input."""
+    if role_of(node) == "joins":
+        return [value for value in arguments(node)["tensors"] if isinstance(value, fx.Node)]
+    found = next(iter(arguments(node).values()))
+    return [found] if isinstance(found, fx.Node) else []
+
+
+@dataclass
+class Grids:
+    """Which values lie on one grid. `sources` are the nodes whose values are rounded, each with its grid's number."""
+
+    regions: list[Region]
+    sources: dict[fx.Node, int] = field(default_factory=dict)
+    _parent: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Walks back from everything that a kernel reads to where it is made."""
+        inside = {node for region in self.regions for node in (region.product, region.add, region.activation)
+                  if node is not None and node is not region.end}
+        for region in self.regions:
+            for read in (*data_of(region.product)[:1], region.other):
+                if read is not None and read not in inside:
+                    self._reach(read, None)
+        self.sources = {node: self._root(grid) for node, grid in self.sources.items()}
+
+    def _reach(self, node: fx.Node, grid: int | None) -> None:
+        stack: list[tuple[fx.Node, int | None]] = [(node, grid)]
+        while stack:
+            node, grid = stack.pop()
+            if role_of(node) in ("passes", "joins") and data_of(node):
+                grid = self._new() if grid is None and role_of(node) == "joins" else grid
+                stack.extend((source, grid) for source in data_of(node))
+            elif node not in self.sources:
+                self.sources[node] = self._new() if grid is None else grid
+            elif grid is not None:
+                self._parent[self._root(grid)] = self._root(self.sources[node])
+
+    def _new(self) -> int:
+        self._parent.append(len(self._parent))
+        return len(self._parent) - 1
+
+    def _root(self, grid: int) -> int:
+        while self._parent[grid] != grid:
+            grid = self._parent[grid]
+        return grid

@@ -1,0 +1,154 @@
+"""The rewrite of `quantize`: norms folded, regions found, quantizers on the edges."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import fx
+
+from fxcompress.diagnostics import Diagnostic, Label, PlanError
+from fxcompress.graph.captured import Captured
+from fxcompress.graph.ops import arguments, kind_of, path_of
+from fxcompress.graph.provenance import origins_of, touch
+from fxcompress.graph.site import Change, Outcome, Site
+from fxcompress.nn.observers import Observer
+from fxcompress.nn.quantizer import Quantizer
+from fxcompress.nn.scheme import Scheme
+from fxcompress.passbase import OBSERVERS
+from fxcompress.passes.shared.fold_norms import fold
+from fxcompress.passes.shared.integer import Grids, Region, regions_of, role_of
+from fxcompress.passes.shared.masking import parameter_of
+from fxcompress.passes.shared.weights import expose, unexposable
+from fxcompress.policy.values import Call
+
+if TYPE_CHECKING:
+    from fxcompress.passes.quantize import Quantize
+
+
+def quantize(settings: Quantize, captured: Captured, site: Site) -> Outcome:
+    """Quantize the layers of `site`; see `Quantize.rewrite`."""
+    notes: list[str] = []
+    products = [node for node in site.nodes if _can(node, notes)]
+    if not products:
+        raise PlanError([Diagnostic("FXC0370", "nothing selected can be quantized",
+                                    Label(site.span) if site.span is not None else None, notes=tuple(notes[:8]),
+                                    help="select convolutions (conv2d) or linear layers that aren't quantized yet")])
+    there = set(captured.graph.nodes)
+    for node, norm in fold(captured, products):
+        touch(node, settings, site, f"the batch norm {norm} folded into its weight", was=(norm.replace(".", "_"),))
+    regions = regions_of(products)
+    grids = Grids(regions)
+    changes = [_weight(settings, captured, site, node) for node in products]
+    _place(settings, captured, site, grids)
+    captured.refresh()
+    for node in captured.graph.nodes:
+        if node not in there and not origins_of(node):
+            touch(node, settings, site, "made for a quantizer", was=(user.name for user in node.users))
+    return Outcome(tuple(changes), (*notes, *_breaks(captured, regions, grids)),
+                   unknown=("the ranges of what layers read and give",))
+
+
+def _can(node: fx.Node, notes: list[str]) -> bool:
+    name = parameter_of(node, "weight")
+    why = None
+    if name is None:
+        why = "its weight is computed, or is quantized already"
+    elif node.op == "call_module":
+        why = unexposable(node)
+    if why is not None:
+        notes.append(f"{path_of(node)} stays in float: {why}")
+    return why is None
+
+
+def _observer(spec: str | Call, rows: int, captured: Captured) -> Observer:
+    device = next((tensor.device for tensor in captured.module.parameters()), None)
+    if isinstance(spec, Call):
+        return OBSERVERS[spec.name](rows, device, spec.args[0])
+    made: Observer = OBSERVERS[spec](rows, device)
+    return made
+
+
+def _weight(settings: Quantize, captured: Captured, site: Site, node: fx.Node) -> Change:
+    """A quantizer on the weight; its range is that of the values it has now."""
+    source = expose(captured, node)
+    name = parameter_of(node, "weight")
+    assert name is not None
+    weight = captured.module.get_parameter(name)
+    each = settings.granularity == "per_channel"
+    rows = weight.shape[0] if each else 1
+    scheme = Scheme(settings.weight_bits, signed=True, symmetric=True, narrow=True)
+    quantizer = Quantizer(scheme, rows, 0 if each else None, _observer(settings.weight_observer, rows, captured),
+                          weight.device)
+    if captured.concrete:
+        masked = source.op == "call_module" and kind_of(source) == "mask"
+        value = captured.module.get_submodule(str(source.target))(weight) if masked else weight
+        assert quantizer.observer is not None
+        quantizer.observer.update(quantizer.rows(value))
+        quantizer.settle()
+    path = f"{name}_quantizer"
+    _put(captured, path, quantizer)
+    with captured.graph.inserting_before(node):
+        call = captured.graph.call_module(path, (source,))
+    call.meta["path"] = path_of(node)
+    node.replace_input_with(source, call)
+    touch(call, settings, site, f"rounds to {settings.weight_bits} bits", was=(node.name,))
+    touch(node, settings, site, f"weight in {settings.weight_bits} bits, {settings.granularity}")
+    return Change(path_of(node), kind_of(node), "weight", "float", f"int{settings.weight_bits}", "selected")
+
+
+def _place(settings: Quantize, captured: Captured, site: Site, grids: Grids) -> None:
+    """One quantizer for each grid, called behind each of its sources."""
+    paths: dict[int, str] = {}
+    scheme = Scheme(settings.bits, signed=False, symmetric=settings.symmetric)
+    ends = {region.end for region in grids.regions}
+    readers = _readers(grids)
+    for source, grid in grids.sources.items():
+        if grid not in paths:
+            paths[grid] = f"{_where(source)}quantizer"
+            _put(captured, paths[grid], Quantizer(scheme, observer=_observer(settings.observer, 1, captured)))
+        with captured.graph.inserting_after(source):
+            call = captured.graph.call_module(paths[grid], (source,))
+        call.meta["path"] = path_of(source)
+        for user in list(source.users):
+            if user is not call and (source in ends or user in readers):
+                user.replace_input_with(source, call)
+        touch(call, settings, site, f"rounds to {settings.bits} bits", was=(source.name,))
+
+
+def _readers(grids: Grids) -> set[fx.Node]:
+    """The nodes that read integers: products, what they add, and all between them and the sources."""
+    found: set[fx.Node] = set()
+    stack: list[fx.Node] = []
+    for region in grids.regions:
+        stack += [node for node in (region.product, region.add) if node is not None]
+    while stack:
+        node = stack.pop()
+        if node in found:
+            continue
+        found.add(node)
+        stack += [source for source in node.all_input_nodes
+                  if source not in grids.sources and role_of(source) in ("passes", "joins")]
+    return found
+
+
+def _where(source: fx.Node) -> str:
+    """The beginning of the path of a quantizer behind `source`: in its module, or at the top."""
+    if source.op == "call_module":
+        return f"{source.target}."
+    return f"{source.name}_"
+
+
+def _put(captured: Captured, path: str, quantizer: Quantizer) -> None:
+    owner, _, leaf = path.rpartition(".")
+    captured.module.get_submodule(owner).add_module(leaf, quantizer)
+
+
+def _breaks(captured: Captured, regions: list[Region], grids: Grids) -> list[str]:
+    """One line for each value that floats give to a quantized layer: where integers begin."""
+    ends = {region.end for region in regions}
+    found: dict[str, list[str]] = {}
+    for source in grids.sources:
+        if source not in ends and source.op != "placeholder":
+            found.setdefault(kind_of(source), []).append(path_of(source) or source.name)
+    return [f"integers begin anew behind {len(paths)} {kind} ({', '.join(paths[:3])}{' ...' if len(paths) > 3 else ''}"
+            "), which computes in float" for kind, paths in found.items()]
