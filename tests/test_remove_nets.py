@@ -7,9 +7,12 @@ import copy
 import pytest
 import torch
 from remove_check import apart, captured_of, kept_indices, makers, remove, wake, zeroed
-from remove_nets_sequences import NETS
+from remove_nets_forms import NETS
 
-RAW = {"raw_parameters": {"inner": 0, "outer": 0}, "einsum_mixing": {"w": 1}}  # read along these, besides modules
+# Read along these, besides modules.
+RAW = {"raw_parameters": {"inner": 0, "outer": 0}, "einsum_mixing": {"w": 1}, "einsum_forms": {"b": 0},
+       "products_of_tensors": {"w": 0, "pair.weight": 2},
+       "raw_kernels": {"w2": 0, "left": 1, "right": 1, "out": 1}}
 NORMALISED_WEIGHTS = ("computed_weights", "spectral")  # their norm notices a zeroed column: see the tests below
 
 

@@ -9,6 +9,7 @@ from torch import fx
 
 from ..coupling_flow import Dim, Dims, Flow, NoRuleError, Value, rule, shape_of
 from .elementwise import broadcast
+from .layout import tuple_of
 
 
 @rule("linear")
@@ -103,6 +104,24 @@ def dot(flow: Flow, node: fx.Node, args: Mapping[str, Any]) -> Value:
 def outer(flow: Flow, node: fx.Node, args: Mapping[str, Any]) -> Value:
     """(m) and (n) make (m, n)."""
     return (flow.of(args["input"])[0], flow.of(args["vec2"])[0])
+
+
+@rule("tensordot")
+def tensordot(flow: Flow, node: fx.Node, args: Mapping[str, Any]) -> Value:
+    """Contracts the last dimensions of one with the first of the other, or those that are listed."""
+    one, two, dims = flow.of(args["a"]), flow.of(args["b"]), args["dims"]
+    if isinstance(dims, int):
+        pairs = [(len(one) - dims + place, place) for place in range(dims)]
+    else:
+        pairs = [(a % len(one), b % len(two)) for a, b in zip(*map(tuple_of, dims), strict=True)]
+    for a, b in pairs:
+        flow.consume(args["a"], a, flow.tie(one[a], two[b]))
+    rest = [place for place in range(len(two)) if place not in [b for _, b in pairs]]
+    if args["b"].op == "get_attr" and flow.has(str(args["b"].target)):
+        for place in rest:
+            flow.produce(two[place], (str(args["b"].target), place))
+    return (*(one[place] for place in range(len(one)) if place not in [a for a, _ in pairs]),
+            *(two[place] for place in rest))
 
 
 @rule("einsum")
