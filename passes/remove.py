@@ -93,8 +93,9 @@ class Remove(Pass):
         return STRENGTH if self.strength is None else self.strength
 
     def untested(self) -> Remove:
-        """This pass without its proof."""
-        return replace(self, verify="off", compensate=False)
+        """This pass at the end of its ramp or its penalty, without its proof and without means from data."""
+        ratio = self.ratio.end if isinstance(self.ratio, Ramp) else self.ratio
+        return replace(self.at(ratio, self.choice), verify="off", compensate=False)
 
     def sizes_from(self) -> SizesFrom:
         """Groups that are ranked together leave as many channels as their scores say."""
