@@ -86,7 +86,12 @@ def shrink(tensor: Tensor, kept: list[tuple[int, Tensor]], concrete: bool) -> No
     """Keep the given indices of a tensor and of its gradient, in place. A fake one only changes its shape."""
     cut, gradient = (_cut if concrete else _cut_fake), tensor.grad
     tensor.grad = None
-    tensor.data = cut(tensor.data, kept)
+    small = cut(tensor.data, kept)
+    if tensor.requires_grad:
+        # Whoever still holds a loss holds autograd's node for this tensor, and that remembers the old shape. It is let go
+        # where the dtype changes.
+        tensor.data = small.new_empty(0, dtype=torch.float64 if small.dtype != torch.float64 else torch.float32)
+    tensor.data = small
     if gradient is not None:
         tensor.grad = cut(gradient, kept)
 
