@@ -12,7 +12,7 @@ from fxcompress.graph.captured import Captured
 from fxcompress.graph.site import Outcome, Site
 from fxcompress.passes.remove import Remove
 
-MAKERS = ("conv", "linear", "multihead_attention", "lstm", "gru", "rnn", "matmul", "einsum", "embedding")
+MAKERS = ("conv", "linear", "bilinear", "multihead_attention", "lstm", "gru", "rnn", "matmul", "einsum", "embedding")
 
 
 def wake(model: nn.Module, seed: int = 0) -> nn.Module:

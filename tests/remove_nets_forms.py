@@ -3,6 +3,8 @@ them."""
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from remove_nets import Net, conv, head, net, picture, tokens
@@ -198,3 +200,31 @@ def raw_kernels():
 
     shapes = {"w1": (12, 3, 3, 3), "w2": (12, 10, 2, 2), "b2": (10,), "right": (256, 7), "left": (9, 10), "out": (5, 9)}
     return Net(run, **{name: nn.Parameter(torch.randn(*shape)) for name, shape in shapes.items()}), picture()
+
+
+@net
+def older_computed_weights():
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
+        layers = [nn.utils.weight_norm(layer) for layer in (conv(3, 12), nn.Conv2d(12, 8, 3), nn.Linear(8 * 36, 6))]
+    return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.Flatten(), layers[2], nn.Linear(6, 5)), picture()
+
+
+@net
+def older_spectral():
+    return nn.Sequential(nn.utils.spectral_norm(conv(3, 12)), nn.ReLU(), nn.utils.spectral_norm(nn.Conv2d(12, 8, 3)),
+                         nn.ReLU(), conv(8, 8), nn.Flatten(), nn.Linear(8 * 36, 5)), picture()
+
+
+class _Standardised(nn.Conv2d):
+    """Qiao et al., "Weight Standardization", 2019."""
+
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        weight = weight / (weight.std((1, 2, 3), keepdim=True) + 1e-5)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
+
+
+@net
+def standardised():
+    return nn.Sequential(_Standardised(3, 12, 3), nn.GroupNorm(4, 12), nn.ReLU(), _Standardised(12, 16, 3), nn.ReLU(),
+                         conv(16, 8), nn.Flatten(), nn.Linear(128, 5)), picture()

@@ -48,10 +48,10 @@ def _tied(flow: Flow, one: Dims, two: Dims) -> Dims:
     return tuple(flow.tie(a, b) for a, b in zip(one, two, strict=True))
 
 
-def _columns(flow: Flow, value: fx.Node, out: Dim) -> None:
-    """A matrix that is a parameter makes the channels of its last dimension."""
+def _made(flow: Flow, value: fx.Node, place: int, out: Dim) -> None:
+    """A matrix that is a parameter makes the channels `out` of its dimension `place`."""
     if value.op == "get_attr" and out is not None and flow.has(str(value.target)):
-        flow.produce(out, (str(value.target), len(shape_of(value)) - 1))
+        flow.produce(out, (str(value.target), len(shape_of(value)) + place))
 
 
 @rule("matmul", "bmm", "mm")
@@ -72,7 +72,8 @@ def product(flow: Flow, a: fx.Node, b: fx.Node) -> Dims:
     if len(left) == 1 or len(right) == 1:
         rest = (left[:-1] if len(right) == 1 else (*right[:-2], right[-1]))
         return () if len(left) == len(right) == 1 else rest
-    _columns(flow, b, right[-1])
+    _made(flow, a, -2, left[-2])
+    _made(flow, b, -1, right[-1])
     return (*broadcast(flow, [a, b], drop=2), left[-2], right[-1])
 
 
