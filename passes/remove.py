@@ -88,6 +88,12 @@ class Remove(Pass):
         return replace(self, ratio=ratio, every=None, sparsify="none", strength=None, choice=choice)
 
     @property
+    def share(self) -> float:
+        """The ratio, of a pass whose ratio is given and doesn't move."""
+        assert isinstance(self.ratio, float), "what moves is carried out as `at` a time, what is left out is solved first"
+        return self.ratio
+
+    @property
     def penalty(self) -> float:
         """The strength of the penalty."""
         return STRENGTH if self.strength is None else self.strength
