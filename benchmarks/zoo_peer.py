@@ -8,7 +8,7 @@ from typing import Any
 RATIO = 0.5
 
 
-def peer(entry: Any, result: dict[str, Any]) -> None:
+def peer(entry: Any, result: dict[str, Any], brief: bool) -> None:
     """Fill `result` by pruning with Torch-Pruning: outputs are ignored, head counts told, both found by hand there."""
     import torch
     import torch_pruning as tp
@@ -22,7 +22,7 @@ def peer(entry: Any, result: dict[str, Any]) -> None:
     model = entry.build()
     x = entry.inputs(model)
     with torch.no_grad():
-        dense = tensors(model(x))
+        dense = tensors(model(x))  # their shapes say which layers are outputs
     layers = layer_sizes(model)
     heads = _heads(model)
     ignored = _outputs(entry, model, {t.shape[1] for t in dense if t.dim() > 1})
@@ -36,6 +36,9 @@ def peer(entry: Any, result: dict[str, Any]) -> None:
     result.update(seconds_trace=mid - start, stage="prune")
     pruner.step()
     result.update(seconds_prune=time.process_time() - mid, stage="run")
+    if brief:
+        result.update(params_after=parameters(model), ok=True, stage="")
+        return
     _follow(model, heads, pruner)
     with torch.no_grad():
         thin = tensors(model(x))

@@ -256,9 +256,11 @@ def _figures() -> str:
     return f"""
 ## Budgets and expectations
 
-`budget` is a constraint (`<=` or `<`) that the plan meets or refuses. `expect` is measured on the result; `else "why"`
-says
-what to do when it fails.
+`budget` is a constraint (`<=` or `<`) that the plan meets or refuses. Where `remove` leaves out its `ratio`, the
+planner finds the one with which every budget is met, the tightest as closely as whole channels and `align` allow. All
+actions that leave it out share it, and the plan shows it. `latency` is solved by measuring, to 5%.
+
+`expect` is measured on the result; `else "why"` says what to do when it fails.
 
 {_table(("Figure", "budget", "expect", "A limit", "Meaning"), rows)}
 """

@@ -105,7 +105,8 @@ class Pass:
         return replace(self, **{self.lever: share})
 
     def untested(self) -> Pass:
-        """This pass without the checks of its own result that take time: for searches, whose results are dropped."""
+        """This pass as it leaves the graph in the end, without the checks of its own result that take time: for
+        searches, whose results are dropped."""
         return self
 
     def sizes_from(self) -> SizesFrom:

@@ -88,13 +88,20 @@ class Remove(Pass):
         return replace(self, ratio=ratio, every=None, sparsify="none", strength=None, choice=choice)
 
     @property
+    def share(self) -> float:
+        """The ratio, of a pass whose ratio is given and doesn't move."""
+        assert isinstance(self.ratio, float), "what moves is carried out as `at` a time, what is left out is solved first"
+        return self.ratio
+
+    @property
     def penalty(self) -> float:
         """The strength of the penalty."""
         return STRENGTH if self.strength is None else self.strength
 
     def untested(self) -> Remove:
-        """This pass without its proof."""
-        return replace(self, verify="off", compensate=False)
+        """This pass at the end of its ramp or its penalty, without its proof and without means from data."""
+        ratio = self.ratio.end if isinstance(self.ratio, Ramp) else self.ratio
+        return replace(self.at(ratio, self.choice), verify="off", compensate=False)
 
     def sizes_from(self) -> SizesFrom:
         """Groups that are ranked together leave as many channels as their scores say."""

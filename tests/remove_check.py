@@ -12,7 +12,7 @@ from fxcompress.graph.captured import Captured
 from fxcompress.graph.site import Outcome, Site
 from fxcompress.passes.remove import Remove
 
-MAKERS = ("conv", "linear", "multihead_attention", "lstm", "gru", "rnn", "matmul", "einsum", "embedding")
+MAKERS = ("conv", "linear", "bilinear", "multihead_attention", "lstm", "gru", "rnn", "matmul", "einsum", "embedding")
 
 
 def wake(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -58,7 +58,7 @@ def zeroed(model: nn.Module, kept: dict[str, dict[int, Tensor]], extra: dict[str
     for path, module in dense.named_modules():
         along = 0 if isinstance(module, nn.modules.conv._ConvTransposeNd) else 1
         dims = {name: along for name, _ in module.named_parameters(recurse=False)
-                if name.startswith(("weight", "in_proj_weight"))}
+                if name.startswith("weight") or name.endswith("proj_weight")}
         for name, dim in dims.items():
             _zero(module.get_parameter(name), kept.get(f"{path}.{name}".lstrip("."), {}), dim)
     for name, dim in (extra or {}).items():

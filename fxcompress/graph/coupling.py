@@ -20,6 +20,7 @@ from torch import fx
 from . import rules
 from .captured import Captured
 from .coupling_flow import Event, Flow, Labels, Produced, TensorLabels, run
+from .coupling_forms import freedom, stuck
 from .ops import arguments
 
 Mask = npt.NDArray[np.bool_]
@@ -115,13 +116,12 @@ class Coupling:
     @cached_property
     def slices(self) -> list[Slice]:
         """Every tracked dimension of every parameter and buffer."""
-        return [Slice(owner, place, self.of(dim)) for owner in self.flow.tensors.values()
-                for place, dim in enumerate(owner.dims) if dim is not None]
-
-    @cached_property
-    def sliced(self) -> tuple[Labels, Labels]:
-        """The components of all `slices` end to end, and where each slice starts."""
-        return end_to_end([part.components for part in self.slices])
+        found = [(owner, place, dim) for owner in self.flow.tensors.values()
+                 for place, dim in enumerate(owner.dims) if dim is not None]
+        labels, starts = end_to_end([dim for _, _, dim in found])
+        components, ends = self.of(labels), (*starts[1:].tolist(), len(labels))
+        return [Slice(owner, place, components[start:end])
+                for (owner, place, _), start, end in zip(found, starts.tolist(), ends, strict=False)]
 
     @cached_property
     def produced(self) -> dict[fx.Node, list[Produced]]:
@@ -152,16 +152,12 @@ class Coupling:
 
     def _hashed(self, key: Callable[[Slice], object]) -> npt.NDArray[np.uint64]:
         """For each component the sum, over what it takes, of random 64-bit numbers, one a `key`."""
-        generator = np.random.default_rng(0)
-        numbers: dict[object, np.uint64] = {}
-        for part in self.slices:
-            place = key(part)
-            if place not in numbers:
-                numbers[place] = generator.integers(1, 2**63, dtype=np.uint64)
-        components, _ = self.sliced
-        each = np.array([numbers[key(part)] for part in self.slices], dtype=np.uint64)
+        numbers: dict[object, int] = {}
+        each = np.array([numbers.setdefault(key(part), len(numbers)) for part in self.slices], dtype=np.int64)
+        drawn = np.random.default_rng(0).integers(1, 2**63, size=len(numbers), dtype=np.uint64)
+        sizes = [len(part.components) for part in self.slices]
         total = np.zeros(self.count + 1, dtype=np.uint64)
-        np.add.at(total, components, np.repeat(each, [len(part.components) for part in self.slices]))
+        np.add.at(total, end_to_end([part.components for part in self.slices])[0], np.repeat(drawn[each], sizes))
         return total[:-1]
 
     @cached_property
@@ -210,7 +206,7 @@ def end_to_end(arrays: Sequence[Labels]) -> tuple[Labels, Labels]:
     """Arrays in one, and where each of them starts in it."""
     if not arrays:
         return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
-    return np.concatenate(arrays), np.cumsum([0, *(len(array) for array in arrays[:-1])])
+    return np.concatenate(arrays), np.cumsum([0, *map(len, arrays[:-1])])
 
 
 def _edges(flow: Flow) -> tuple[Labels, Labels, Labels]:
@@ -225,13 +221,25 @@ def _edges(flow: Flow) -> tuple[Labels, Labels, Labels]:
     return a[free], b[free], nodes[free]
 
 
-def analyse(captured: Captured, split: str = "heads", flipped: frozenset[str] = frozenset()) -> Coupling:
+def analyse(captured: Captured, split: str = "heads", flipped: frozenset[str] | None = None) -> Coupling:
     """The coupling of `captured`, in time linear in its nodes and channels.
 
     `split` says which axis of a head split stays removable: whole "heads", or the same place in every head
-    ("head_dim"). Grouped operators and shuffles take the form that leaves more to remove; nodes in `flipped` the other.
-    Never raises for want of a rule.
+    ("head_dim"). Other grouped operators take the form that leaves more to remove; where that is known, `flipped` are
+    the names of the nodes that don't take their first one. Never raises for want of a rule.
     """
+    coupling = _interpreted(captured, split, flipped or frozenset())
+    nodes = stuck(coupling) if flipped is None else []
+    if not nodes:
+        return coupling
+    other = _interpreted(captured, split, frozenset(node.name for node in nodes))
+    better = frozenset(node.name for node in nodes if freedom(other, node) > freedom(coupling, node))
+    if len(better) == len(nodes):
+        return other
+    return _interpreted(captured, split, better) if better else coupling
+
+
+def _interpreted(captured: Captured, split: str, flipped: frozenset[str]) -> Coupling:
     flow = Flow(captured, split, flipped)
     run(flow, arguments)
     a, b, _ = _edges(flow)

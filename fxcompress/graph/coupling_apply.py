@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .coupling import Coupling, Mask
+from .coupling_computed import compute_again
 from .coupling_edit import RESIZES, Edit, Kept
-from .ops import arguments, kind_of
+from .ops import arguments, kind_of, submodule
 
 Attributes = Callable[[Any], Mapping[str, object]]
 
@@ -42,6 +43,7 @@ ATTRIBUTES: tuple[tuple[type[nn.Module], Attributes], ...] = (
     (nn.GroupNorm, lambda m: {"num_channels": m.weight.shape[0]} if m.affine else {}),
     (nn.LayerNorm, lambda m: {"normalized_shape": tuple(m.weight.shape)} if m.weight is not None else {}),
     (nn.Embedding, lambda m: {"num_embeddings": m.weight.shape[0], "embedding_dim": m.weight.shape[1]}),
+    (nn.EmbeddingBag, lambda m: {"num_embeddings": m.weight.shape[0], "embedding_dim": m.weight.shape[1]}),
     (nn.PReLU, lambda m: {"num_parameters": m.weight.shape[0]}),
 )
 
@@ -65,7 +67,7 @@ def remove(coupling: Coupling, doomed: Mask) -> Removal:
     resized: dict[Tensor, tuple[tuple[int, Tensor], ...]] = {}
     owners: set[str] = set(edit.modules)
     for entry in coupling.flow.tensors.values():
-        kept = [(place, torch.from_numpy(np.flatnonzero(mask)))
+        kept = [(place, torch.from_numpy(mask.nonzero()[0]))
                 for place, dim in enumerate(entry.dims) if (mask := edit.kept(dim)) is not None]
         if kept:
             shrink(entry.tensor, kept, captured.concrete)
@@ -73,7 +75,9 @@ def remove(coupling: Coupling, doomed: Mask) -> Removal:
             owners.update(name.partition(".parametrizations.")[0] if ".parametrizations." in name
                           else name.rpartition(".")[0] for name in entry.names)
     for path in sorted(owners):
-        _describe(captured.module.get_submodule(path), edit.modules.get(path, {}))
+        owner = submodule(captured.module, path)
+        compute_again(owner)
+        _describe(owner, edit.modules.get(path, {}))
     captured.refresh()
     return Removal(coupling, gone, resized)
 
@@ -82,7 +86,12 @@ def shrink(tensor: Tensor, kept: list[tuple[int, Tensor]], concrete: bool) -> No
     """Keep the given indices of a tensor and of its gradient, in place. A fake one only changes its shape."""
     cut, gradient = (_cut if concrete else _cut_fake), tensor.grad
     tensor.grad = None
-    tensor.data = cut(tensor.data, kept)
+    small = cut(tensor.data, kept)
+    if tensor.requires_grad:
+        # Whoever still holds a loss holds autograd's node for this tensor, and that remembers the old shape. It is let go
+        # where the dtype changes.
+        tensor.data = small.new_empty(0, dtype=torch.float64 if small.dtype != torch.float64 else torch.float32)
+    tensor.data = small
     if gradient is not None:
         tensor.grad = cut(gradient, kept)
 

@@ -38,16 +38,21 @@ class Edit:
     gone: Kept
     modules: dict[str, dict[str, Any]] = field(default_factory=dict)  # attributes of modules that change, by path
     later: list[Callable[[], None]] = field(default_factory=list)  # rewrites that replace nodes, run last
-    _kept: dict[int, Kept | None] = field(default_factory=dict)
+    _kept: dict[int, tuple[Labels, Kept | None]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """What stays: an entry for each label, and a last one for the label -1."""
+        self._stays = np.append(~self.gone, True)
 
     def kept(self, dim: Dim) -> Kept | None:
         """Which indices of a dimension stay; None if all do."""
         if dim is None:
             return None
-        if id(dim) not in self._kept:
-            mask = ~self.gone[dim] | (dim < 0)
-            self._kept[id(dim)] = None if mask.all() else mask
-        return self._kept[id(dim)]
+        known = self._kept.get(id(dim))
+        if known is None:
+            mask: Kept = self._stays[dim]
+            known = self._kept[id(dim)] = dim, None if mask.all() else mask  # holds `dim`, so that its id stays its own
+        return known[1]
 
     def changed(self, dim: Dim) -> bool:
         """Whether a dimension loses an index."""

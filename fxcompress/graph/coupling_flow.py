@@ -342,4 +342,7 @@ def barrier(flow: Flow, node: fx.Node, shape: object, reason: str) -> Value:
         for name in names:
             for dim in flow.tensor(name):
                 flow.fix(dim, reason)
+        first = next((name for name in names if flow.shape(name)), None)
+        if first is not None:
+            flow.produce(flow.tensor(first)[0], (first, 0))  # so that it is named as a layer that can't shrink
     return untracked(shape)

@@ -25,11 +25,17 @@ def place_of(site: Site) -> str:
     return str(site.span) if site.span is not None else PYTHON
 
 
-def origin(pass_: Pass, site: Site, detail: str, was: Iterable[str] = (), left: Left | None = None) -> Origin:
-    """The entry that `pass_` leaves on a node of `site`. `was` names the nodes that a new node came from, `left` says
-    which of its indices left."""
-    line = site.span.source.line(site.span.line).strip() if site.span is not None else repr(pass_)
-    return Origin(pass_.verb, place_of(site), line, site.phase, detail, tuple(was), left)
+class Marker:
+    """What `pass_` leaves at `site` on each node that it makes or changes. What the entries share is written once."""
+
+    def __init__(self, pass_: Pass, site: Site) -> None:
+        line = site.span.source.line(site.span.line).strip() if site.span is not None else repr(pass_)
+        self._asked = pass_.verb, place_of(site), line, site.phase
+
+    def touch(self, node: fx.Node, detail: str, was: Iterable[str] = (), left: Left | None = None) -> None:
+        """Append to `node`'s provenance that the pass did `detail` to it ("out_channels 64 -> 44"). `was` names the
+        nodes that a new node came from, `left` says which of its indices left."""
+        node.meta["origins"] = (*origins_of(node), Origin(*self._asked, detail, tuple(was), left))
 
 
 def origins_of(node: fx.Node) -> tuple[Origin, ...]:
@@ -40,8 +46,8 @@ def origins_of(node: fx.Node) -> tuple[Origin, ...]:
 
 def touch(node: fx.Node, pass_: Pass, site: Site, detail: str, was: Iterable[str] = (),
           left: Left | None = None) -> None:
-    """Append to `node`'s provenance that `pass_` did `detail` to it ("out_channels 64 -> 44")."""
-    node.meta["origins"] = (*origins_of(node), origin(pass_, site, detail, was, left))
+    """Append one entry to `node`'s provenance; see `Marker`."""
+    Marker(pass_, site).touch(node, detail, was, left)
 
 
 def removed(node: fx.Node, what: str) -> tuple[Left, ...]:

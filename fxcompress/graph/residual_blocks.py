@@ -251,12 +251,12 @@ class _Finder:
 
 
 def _innermost(found: Sequence[Residual]) -> list[Residual]:
-    """Of adds in the branch of another the outer one, unless it goes around several: that is a stage with a long
-    shortcut, and the blocks are inside."""
+    """Of adds in the branch of another the outer one, unless it goes around several, or around much of the model: that
+    is a stage with a long shortcut, and the blocks are inside."""
     units: dict[fx.Node, Residual] = {}
     for one in sorted(found, key=lambda one: len(one.region)):
         inner = [node for node in one.region if node in units]
-        if len(inner) < 2:
+        if not inner or (len(inner) == 1 and _common(map(path_of, one.layers))):
             for node in inner:
                 del units[node]
             units[one.add] = one
@@ -302,7 +302,8 @@ def _module_of(found: Sequence[Residual]) -> list[str]:
         loops = cut and len(members[outer, re.sub(r"\d+$", "", cut)]) > 1
         paths.append(cut if loops else outer if _numbered(outer) else inner)
     numbered = {path for path in paths if _numbered(path)}
-    return [path if _numbered(path) else _holder(path, numbered) for path in paths]
+    return [path if _numbered(path) else _holder(path, numbered) or one.add.name
+            for path, one in zip(paths, found, strict=True)]
 
 
 def _holder(path: str, numbered: set[str]) -> str:
@@ -324,4 +325,4 @@ def _grouped(found: Sequence[Residual]) -> list[Block]:
             mine.append([])
             order.append((path, len(mine)))
         mine[-1].append(one)
-    return [Block(path or found[0].add.name, tuple(calls[path][call - 1]), call) for path, call in order]
+    return [Block(path, tuple(calls[path][call - 1]), call) for path, call in order]

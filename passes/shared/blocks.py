@@ -44,7 +44,7 @@ def remove_blocks(settings: Remove, captured: Captured, site: Site) -> Outcome:
         if settings.spread is not None:  # a search for a ratio: it tries small ones too
             return Outcome((), tuple(notes))
         raise _error("FXC0340", f"no block can be removed from {site.selection or 'what is selected'}", site,
-                     [f"{_count(selected)} selected, and {settings.ratio:.0%} of that is less than a half", *notes],
+                     [f"{_count(selected)} selected, and {settings.share:.0%} of that is less than a half", *notes],
                      "ask for a larger `ratio` or `max_ratio`, or select more blocks")
     notes.insert(0, f"{len(leaving)} of {_count(selected)} " + ("leaves" if len(leaving) == 1 else "leave"))
     if captured.concrete and settings.verify != "off":
@@ -140,7 +140,7 @@ class Choice:
     def _shares(self) -> list[int]:
         """How many leave of each group: `ratio` of it, and of all of them together (the largest remainders, Hamilton's
         method), so that five groups of one block lose three at 50 %, not five."""
-        ratio, groups = self.settings.ratio, self._groups()
+        ratio, groups = self.settings.share, self._groups()
         owed = math.floor(ratio * len(self.selected) + 0.5 + _SLACK)
         exact = [ratio * len(members) for members in groups]
         shares = [math.floor(share + _SLACK) for share in exact]

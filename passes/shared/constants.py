@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from fxcompress.graph.coupling import Coupling
-from fxcompress.graph.ops import arguments, kind_of, op_of
+from fxcompress.graph.ops import arguments, kind_of, module_of, op_of
 
 # Operators that give a constant for constants, computed by themselves on them; not-a-number stands for "not constant".
 _POINTWISE = frozenset((
@@ -26,12 +26,30 @@ def constants(coupling: Coupling) -> dict[fx.Node, Tensor]:
     """The constants of each node along its dimension 1 (the last one of a linear layer): one number a channel,
     not-a-number for a channel that isn't constant. Nodes without any are left out."""
     values: dict[fx.Node, Tensor] = {}
+    if not _possible(coupling):
+        return values
     with torch.no_grad():
         for node in coupling.flow.nodes:
             value = _constant(node, kind_of(node), values)
             if value is not None and not bool(value.isnan().all()):
                 values[node] = value
     return values
+
+
+def _possible(coupling: Coupling) -> bool:
+    """Whether any filter begins with a zero or any scale of a norm is one: in most models none does, and looking at
+    one weight of each filter is enough to say so."""
+    firsts: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for node in coupling.flow.nodes:
+        if node.op == "call_module" and ((kind := kind_of(node)) in _FILTERED or kind.startswith("batchnorm")):
+            module = module_of(node)
+            weight = module._parameters.get("weight")
+            if weight is not None:
+                first = weight.detach().as_strided((len(weight),), weight.stride()[:1], weight.storage_offset())
+                firsts.setdefault((weight.device, weight.dtype), []).append(first)
+            elif "parametrizations" in module._modules:  # computed from others
+                return True
+    return any(bool((torch.cat(found) == 0).any()) for found in firsts.values())
 
 
 def _constant(node: fx.Node, kind: str, values: Mapping[fx.Node, Tensor]) -> Tensor | None:

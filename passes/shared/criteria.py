@@ -68,7 +68,7 @@ P = TypeVar("P", bound=Indexed)
 @dataclass(frozen=True)
 class Scoring:
     """What a criterion sees: the weights that make the components' channels, layer by layer in the order of the graph,
-    the scales of the batch norms on them, and (only for a criterion that needs them) what the channels are on the
+    and, only for a criterion that needs them, the scales of the batch norms on them or what the channels are on the
     calibration data wherever they are read. `how` names the reducer over the layers of a component."""
 
     count: int
@@ -86,10 +86,11 @@ class Scoring:
         total = torch.zeros(self.count, dtype=torch.float64)
         seen = torch.zeros_like(total)
         for part in parts:
-            inside = part.components >= 0
-            present, place = torch.unique(part.components[inside], return_inverse=True)
-            share = torch.zeros(len(present), dtype=torch.float64)
-            share.index_add_(0, place, energy(part).detach().double().cpu()[inside])
+            present, share = part.components, energy(part).detach().double().cpu()
+            if not bool((present.diff(prepend=present.new_tensor([-1])) > 0).all()):  # not each once and in order
+                inside, energies = present >= 0, share
+                present, place = torch.unique(present[inside], return_inverse=True)
+                share = torch.zeros(len(present), dtype=torch.float64).index_add_(0, place, energies[inside])
             total[present] = REDUCERS[self.how](total[present], finish(share), seen[present])
             seen[present] += 1
         return total
@@ -159,6 +160,11 @@ _LACKING: Mapping[str, tuple[Callable[[Scoring], set[str]], str, str]] = {
 }
 
 
+def _energy(rows: Tensor) -> Tensor:
+    """The sum of the squares of each row, without a copy of them all."""
+    return torch.linalg.vector_norm(rows, dim=1).square()
+
+
 def l1(scoring: Scoring) -> Tensor:
     """sum over F of |w|: Li et al., "Pruning Filters for Efficient ConvNets", 2017."""
     return scoring.reduce(scoring.weights, lambda part: part.rows.abs().sum(1))
@@ -166,7 +172,7 @@ def l1(scoring: Scoring) -> Tensor:
 
 def l2(scoring: Scoring) -> Tensor:
     """sqrt(sum over F of w²), the Euclidean norm of a filter: He et al., "Soft Filter Pruning", 2018."""
-    return scoring.reduce(scoring.weights, lambda part: part.rows.square().sum(1), torch.sqrt)
+    return scoring.reduce(scoring.weights, lambda part: _energy(part.rows), torch.sqrt)
 
 
 def random(scoring: Scoring) -> Tensor:
@@ -201,7 +207,7 @@ def lamp(scoring: Scoring) -> Tensor:
         left = ordered.flip(0).cumsum(0).flip(0)
         return torch.empty_like(energy).index_put_((order,), ordered / left.clamp(min=torch.finfo(left.dtype).tiny))
 
-    return scoring.reduce(scoring.weights, lambda part: part.rows.square().sum(1), share)
+    return scoring.reduce(scoring.weights, lambda part: _energy(part.rows), share)
 
 
 def fpgm(scoring: Scoring) -> Tensor:

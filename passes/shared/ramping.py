@@ -53,7 +53,7 @@ def begin(settings: Remove, captured: Captured, site: Site) -> Outcome:
 def _foretold(settings: Remove, ramp: Ramp, window: Window | None) -> str:
     """What a plan says of the time a removal takes."""
     if settings.sparsify != "none":
-        return f"at the end of the phase, which trains with {settings.sparsify} of strength {settings.strength:g}"
+        return f"at the end of the phase, which trains with {settings.sparsify} of strength {settings.penalty:g}"
     count = steps_of(ramp, settings.every, window)
     steps = f"in {count} step{'s' * (count != 1)}" if count is not None else (
         f"step by step, every {settings.every}" if settings.every is not None else "step by step, as training goes on")

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from fxcompress.graph.coupling import Mask
+from fxcompress.graph.coupling import Mask, end_to_end
 from fxcompress.passes.shared.criteria import criterion_of
-from fxcompress.passes.shared.layers import Groups, Ints, Layer
+from fxcompress.passes.shared.layers import Groups, Ints
 
 if TYPE_CHECKING:
     from fxcompress.passes.remove import Remove
@@ -64,12 +64,12 @@ class Ranking:
     def _local(self) -> list[int]:
         """How many of each group stay: the same share everywhere, rounded so that every layer comes near its share."""
         sizes = [len(members) for members in self.groups.members]
-        leaving = [min(self._cap(group), int(np.floor(size * self.settings.ratio + 0.5)))
+        leaving = [min(self._cap(group), int(np.floor(size * self.settings.share + 0.5)))
                    for group, size in enumerate(sizes)]
         for place, (cluster, layers) in enumerate(zip(self.groups.clusters, self.groups.in_cluster, strict=True)):
             if len(cluster) > 1:
                 moved = (self._tie(place) - 0.5) / max(sizes[group] for group in cluster)
-                self._balance(cluster, layers, sizes, leaving, min(1.0, max(0.0, self.settings.ratio + moved)))
+                self._balance(cluster, layers, sizes, leaving, min(1.0, max(0.0, self.settings.share + moved)))
         return [size - out for size, out in zip(sizes, leaving, strict=True)]
 
     def _asked(self, group: int, keep: list[int]) -> float:
@@ -77,7 +77,7 @@ class Ranking:
         if self.settings.spread is None or self.settings.scope != "local":
             return keep[group]
         size = len(self.groups.members[group])
-        return max(size - self._cap(group), size * (1 - self.settings.ratio))
+        return max(size - self._cap(group), size * (1 - self.settings.share))
 
     def _tie(self, place: int) -> float:
         """From which part of a step on the cluster number `place` rounds up to more that leave. It is one half, but for
@@ -89,8 +89,10 @@ class Ranking:
                  ratio: float) -> None:
         """Change `leaving` of groups that share layers, one at a time, to the least sum of squares over the layers of
         (share that leaves - ratio): coordinate descent, which small groups of many channels need."""
-        parts = {group: [(number, self.groups.shares[number][group] / len(self.groups.layers[number].components))
-                         for number in layers if group in self.groups.shares[number]] for group in cluster}
+        parts: dict[int, list[tuple[int, float]]] = {group: [] for group in cluster}
+        for number in layers:
+            for group, each in self.groups.shares[number].items():
+                parts[group].append((number, each / len(self.groups.layers[number].components)))
         missing = dict.fromkeys(layers, -ratio)
         for number in layers:  # what can't leave isn't owed
             share = self.groups.shares[number]
@@ -126,7 +128,7 @@ class Ranking:
         keep = [len(inside) for inside in self.groups.members]
         for kind in kinds:
             members = np.concatenate([self._removable(group) for group in kind])
-            owed = self.settings.ratio * sum(float(weights[self.groups.members[group]].sum()) for group in kind)
+            owed = self.settings.share * sum(float(weights[self.groups.members[group]].sum()) for group in kind)
             order = members[np.argsort(scores[members], kind="stable")]
             leaving = order[: int(np.searchsorted(np.cumsum(weights[order]), owed + _SLACK, side="right"))]
             for group, count in zip(*np.unique(self.groups.of[leaving], return_counts=True), strict=True):
@@ -152,13 +154,12 @@ class Ranking:
         """The number to keep next to `wanted` with which every layer of a group that stands alone keeps enough
         channels, and a multiple of `align`: of two, the smaller one below `tie` of the way between them."""
         size = len(self.groups.members[group])
+        limits = {(len(self.groups.layers[number].components), self.groups.shares[number][group]) for number in layers}
         options = np.arange(max(1, size - self._cap(group)), size + 1)
         valid = np.ones(len(options), dtype=np.bool_)
-        for number in layers:
-            layer, each = self.groups.layers[number], self.groups.shares[number][group]
-            left = len(layer.components) - each * (size - options)
-            least = min(self.settings.min_channels, len(layer.components))
-            valid &= (left % self.settings.align == 0) & (left >= least)
+        for channels, each in limits:
+            left = channels - each * (size - options)
+            valid &= (left % self.settings.align == 0) & (left >= min(self.settings.min_channels, channels))
         if not valid.any():
             if self.settings.align > 1:
                 path = self.groups.layers[layers[0]].path
@@ -174,23 +175,31 @@ class Ranking:
     def _keep_enough(self) -> None:
         """Bring the most important back where a dimension would be left empty, below `min_channels` or off `align`;
         this only ever adds, so it ends."""
-        settings = self.settings
-        for part in self.groups.coupling.slices:
-            self._restore(part.components, 1)
-        for labels in self.groups.coupling.flow.pieces:
-            self._restore(self.groups.coupling.of(labels), 1)
-        for layer in self.groups.layers:
-            self._restore(layer.components, settings.min_channels)
-        changed = settings.align > 1
+        align, coupling = self.settings.align, self.groups.coupling
+        dimensions = [part.components for part in coupling.slices]
+        self._restore_all(dimensions + [coupling.of(labels) for labels in coupling.flow.pieces], 1)
+        layers = [layer.components for layer in self.groups.layers]
+        self._restore_all(layers, self.settings.min_channels)
+        changed = align > 1
         while changed:
             changed = False
-            for layer in self.groups.layers:
-                over = self._left(layer) % settings.align
-                if over and self.doomed[layer.components[layer.components >= 0]].any():
-                    changed |= self._restore(layer.components, self._left(layer) - over + settings.align)
+            for number in np.flatnonzero(self._staying(layers) % align):
+                components = layers[number]
+                left = len(components) - int(self._leaving(components).sum())
+                if left % align and left < len(components):
+                    changed |= self._restore(components, left - left % align + align)
 
-    def _left(self, layer: Layer) -> int:
-        return len(layer.components) - int(self._leaving(layer.components).sum())
+    def _restore_all(self, dimensions: list[Ints], least: int) -> None:
+        """Keep at least `least` indices of each of the dimensions with these components."""
+        sizes = np.array(list(map(len, dimensions)), dtype=np.int64)
+        for number in np.flatnonzero(self._staying(dimensions) < np.minimum(sizes, least)):
+            self._restore(dimensions[number], least)
+
+    def _staying(self, dimensions: list[Ints]) -> Ints:
+        """How many indices stay in each of the dimensions with these components."""
+        whole, starts = end_to_end(dimensions)
+        staying = np.append(~self.doomed, True)[whole]  # the last entry is that of the component -1
+        return np.add.reduceat(staying, starts, dtype=np.int64) if len(whole) else starts
 
     def _leaving(self, components: Ints) -> Mask:
         leaving: Mask = (components >= 0) & self.doomed[components]

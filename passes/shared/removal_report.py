@@ -90,11 +90,11 @@ def shortfalls(settings: Remove, coupling: Coupling, layers: list[Layer], wanted
     for layer in layers:
         speaks = layer.present[free[layer.present]] if layer.selected else layer.present[:0]
         left = int(np.count_nonzero(doomed[speaks]))
-        if len(speaks) and left <= settings.ratio * len(speaks) - max(1.0, 0.02 * len(speaks)):
+        if len(speaks) and left <= settings.share * len(speaks) - max(1.0, 0.02 * len(speaks)):
             each = len(speaks) / len(np.unique(speaks))
             units = [f"its channels leave {each:g} at a time, with those of other layers"] if each > 1 else []
             reason = " or ".join(_limits(settings) + units) or "what it is coupled to doesn't shrink further"
-            got = f"{left / len(speaks):.0%} removed of {settings.ratio:.0%} asked"
+            got = f"{left / len(speaks):.0%} removed of {settings.share:.0%} asked"
             notes.append(f"{layer.path}: {got}, because of {reason}")
     return notes
 
@@ -105,7 +105,7 @@ def _limits(settings: Remove) -> list[str]:
         limits.append(f"align = {settings.align}")
     if settings.min_channels > 1:
         limits.append(f"min_channels = {settings.min_channels}")
-    if settings.max_ratio < settings.ratio:
+    if settings.max_ratio < settings.share:
         limits.append(f"max_ratio = {settings.max_ratio:.0%}")
     if settings.couple == "skip":
         limits.append("couple = skip")

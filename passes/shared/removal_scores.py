@@ -32,36 +32,40 @@ def scores_of(settings: Remove, coupling: Coupling, layers: list[Layer], candida
     numbers[chosen] = np.arange(len(chosen))
     generator = torch.Generator().manual_seed(settings.seed)
     weights = tuple(_parts(coupling, layers, numbers))
-    scales = tuple(_scales(coupling, numbers))
+    criterion = criterion_of(settings.by)
+    scales = tuple(_scales(coupling, numbers)) if criterion.needs == "scales" else ()
     responses = responses_of(coupling, measured or {}, numbers)
     scoring = Scoring(len(chosen), weights, scales, generator, settings.reduce, responses)
     result = np.full(coupling.count, np.inf)
-    result[chosen] = criterion_of(settings.by).score(scoring, settings.by).double().cpu().numpy()
+    result[chosen] = criterion.score(scoring, settings.by).double().cpu().numpy()
     return result
 
 
 def _parts(coupling: Coupling, layers: list[Layer], numbers: Ints) -> list[Part]:
     """The weights that make candidate channels, each tensor once."""
-    named = dict(coupling.captured.module.named_parameters(remove_duplicate=False))
-    labels = {name: entry for entry in coupling.flow.tensors.values() for name in entry.names}
+    tracked = {name: entry for entry in coupling.flow.tensors.values() for name in entry.names}
+    numbered = np.append(numbers, -1)  # the last entry is that of the component -1
     seen: set[tuple[int, int]] = set()
     parts = []
     for layer in layers:
         for name, dim in () if layer.follows else layer.made.weights:
-            entry, tensor = labels.get(name), named.get(name)
-            if entry is None or tensor is None or entry.dims[dim] is None or (id(tensor), dim) in seen:
+            entry = tracked.get(name)
+            labels = entry.dims[dim] if entry is not None and isinstance(entry.tensor, nn.Parameter) else None
+            if entry is None or labels is None or (id(entry.tensor), dim) in seen:
                 continue
-            seen.add((id(tensor), dim))
-            inside = coupling.of(entry.dims[dim])  # type: ignore[arg-type]
-            where = np.where(inside >= 0, numbers[inside], -1)
+            seen.add((id(entry.tensor), dim))
+            where = numbered[coupling.of(labels)]
             if (where >= 0).any():
-                value = _effective(coupling.captured.module, layer, tensor)
-                parts.append(part_of(layer.path, tensor, dim, where, value))
+                value = _effective(coupling.captured.module, layer, entry.tensor, name)
+                parts.append(part_of(layer.path, entry.tensor, dim, where, value))
     return parts
 
 
-def _effective(root: nn.Module, layer: Layer, tensor: Tensor) -> Tensor:
-    """What the layer really computes with: its weight after a mask or a norm on it; `tensor` where that isn't known."""
+def _effective(root: nn.Module, layer: Layer, tensor: Tensor, name: str) -> Tensor:
+    """What the layer really computes with: its weight after a mask or a norm on it; `tensor`, called `name`, where that
+    isn't known."""
+    if layer.node.op == "call_module" and ".parametrizations." not in name:
+        return tensor
     weight = arguments(layer.node).get("weight")
     if isinstance(weight, fx.Node):
         with torch.no_grad():

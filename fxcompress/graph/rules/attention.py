@@ -10,7 +10,7 @@ import numpy as np
 from torch import fx, nn
 
 from ..coupling_edit import Edit, resize
-from ..coupling_flow import Dim, Dims, Flow, NoRuleError, Value, rule, shape_of, untracked
+from ..coupling_flow import Dim, Dims, Flow, Value, rule, shape_of, untracked
 from .attention_rewrite import write_out
 
 
@@ -59,8 +59,7 @@ def keep_scale(edit: Edit, node: fx.Node, args: Mapping[str, Any]) -> None:
 def module(flow: Flow, node: fx.Node, args: Mapping[str, Any]) -> Value:
     """`nn.MultiheadAttention`: the width of its inputs, of its result, and between them its heads."""
     mha = flow.module()
-    if not isinstance(mha, nn.MultiheadAttention) or mha.bias_k is not None or mha.add_zero_attn:
-        raise NoRuleError("has learned keys beside the input's")
+    assert isinstance(mha, nn.MultiheadAttention)
     path = str(node.target)
     inner = _inner(flow, node, args, mha)
     sources = [args["query"], args["key"], args["value"]]
@@ -81,6 +80,10 @@ def module(flow: Flow, node: fx.Node, args: Mapping[str, Any]) -> Value:
     if flow.has(f"{path}.in_proj_bias"):
         flow.tie(flow.tensor(f"{path}.in_proj_bias")[0], rows)
         flow.consume(f"{path}.in_proj_bias", 0, rows)
+    for name in (f"{path}.bias_k", f"{path}.bias_v"):  # (1, 1, inner): a key and a value beside the input's
+        if flow.has(name):
+            flow.tie(flow.tensor(name)[2], inner)
+            flow.consume(name, 2, inner)
     out = flow.tensor(f"{path}.out_proj.weight")
     flow.consume(f"{path}.out_proj.weight", 1, flow.tie(out[1], inner))
     channels = out[0]

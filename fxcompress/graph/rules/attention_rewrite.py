@@ -51,9 +51,16 @@ def write_out(captured: Captured, node: fx.Node, mha: nn.MultiheadAttention, hea
     with captured.module.graph.inserting_before(node):
         batched = len(shape_of(args["query"])) == 3
         query, key, value = _projected(writer, args, mha, heads * width)
+        key, value = (_with_learned(writer, part, name, batched, mha)
+                      for part, name in ((key, "bias_k"), (value, "bias_v")))
         split = [_split(writer, part, heads, width, batched, mha.batch_first) for part in (query, key, value)]
+        if mha.add_zero_attn:
+            split[1:] = [writer.call("pad", part, (0, 0, 0, 1)) for part in split[1:]]
         weights_used = any(user.args[1] == 1 and user.users for user in node.users)
-        mask = _mask(writer, args, batched)
+        mask = _mask(writer, args, batched, heads)
+        extra = (mha.bias_k is not None) + mha.add_zero_attn  # keys that every query may attend to
+        if mask is not None and extra:
+            mask = writer.call("pad", mask, (0, extra))
         scale = float(mha.head_dim) ** -0.5
         if mha.dropout == 0.0 and not weights_used:
             mixed, weights = writer.call("scaled_dot_product_attention", *split, attn_mask=mask, scale=scale), None
@@ -93,6 +100,19 @@ def _parts(writer: _Writer, whole: fx.Node, size: int, dim: int) -> list[fx.Node
     return [writer.call("getitem", split, place) for place in range(3)]
 
 
+def _with_learned(writer: _Writer, value: fx.Node, name: str, batched: bool, mha: nn.MultiheadAttention) -> fx.Node:
+    """Keys or values with the learned one of the module, (1, 1, inner), at the end of the sequence, if it has any."""
+    learned = writer.get(name)
+    if learned is None:
+        return value
+    if not batched:
+        return writer.call("cat", (value, writer.call("squeeze", learned, 0)), dim=0)
+    batch = 0 if mha.batch_first else 1
+    sizes: list[Any] = [-1, -1, -1]
+    sizes[batch] = writer.call("size", value, batch)
+    return writer.call("cat", (value, writer.call("expand", learned, *sizes)), dim=1 - batch)
+
+
 def _split(writer: _Writer, value: fx.Node, heads: int, width: int, batched: bool, batch_first: bool) -> fx.Node:
     """(N, L, inner) or (L, N, inner) -> (N, heads, L, width); (L, inner) -> (heads, L, width)."""
     parts = writer.call("unflatten", value, -1, (heads, width))
@@ -110,11 +130,13 @@ def _joined(writer: _Writer, value: fx.Node, inner: int, batched: bool, batch_fi
     return writer.call("flatten", rows, start_dim=-2)
 
 
-def _mask(writer: _Writer, args: Mapping[str, Any], batched: bool) -> fx.Node | None:
+def _mask(writer: _Writer, args: Mapping[str, Any], batched: bool, heads: int) -> fx.Node | None:
     """One additive mask of the attention mask and the padding of the keys: where a boolean one is true, nothing is
     attended to."""
-    mask, padding = args["attn_mask"], args["key_padding_mask"]
-    mask = None if mask is None else _additive(writer, mask, args["query"])
+    given, padding = args["attn_mask"], args["key_padding_mask"]
+    mask = None if given is None else _additive(writer, given, args["query"])
+    if batched and len(shape_of(given)) == 3:  # one for each sample and head
+        mask = writer.call("unflatten", mask, 0, (-1, heads))
     if padding is not None:
         padding = _additive(writer, padding, args["query"])
         for place in ((1, 1) if batched else (0, 0)):

@@ -9,6 +9,7 @@ from torch import fx
 
 from ..coupling_flow import Dim, Dims, Flow, NoRuleError, Value, rule, shape_of
 from .elementwise import broadcast
+from .layout import tuple_of
 
 
 @rule("linear")
@@ -47,10 +48,10 @@ def _tied(flow: Flow, one: Dims, two: Dims) -> Dims:
     return tuple(flow.tie(a, b) for a, b in zip(one, two, strict=True))
 
 
-def _columns(flow: Flow, value: fx.Node, out: Dim) -> None:
-    """A matrix that is a parameter makes the channels of its last dimension."""
+def _made(flow: Flow, value: fx.Node, place: int, out: Dim) -> None:
+    """A matrix that is a parameter makes the channels `out` of its dimension `place`."""
     if value.op == "get_attr" and out is not None and flow.has(str(value.target)):
-        flow.produce(out, (str(value.target), len(shape_of(value)) - 1))
+        flow.produce(out, (str(value.target), len(shape_of(value)) + place))
 
 
 @rule("matmul", "bmm", "mm")
@@ -71,7 +72,8 @@ def product(flow: Flow, a: fx.Node, b: fx.Node) -> Dims:
     if len(left) == 1 or len(right) == 1:
         rest = (left[:-1] if len(right) == 1 else (*right[:-2], right[-1]))
         return () if len(left) == len(right) == 1 else rest
-    _columns(flow, b, right[-1])
+    _made(flow, a, -2, left[-2])
+    _made(flow, b, -1, right[-1])
     return (*broadcast(flow, [a, b], drop=2), left[-2], right[-1])
 
 
@@ -103,6 +105,24 @@ def dot(flow: Flow, node: fx.Node, args: Mapping[str, Any]) -> Value:
 def outer(flow: Flow, node: fx.Node, args: Mapping[str, Any]) -> Value:
     """(m) and (n) make (m, n)."""
     return (flow.of(args["input"])[0], flow.of(args["vec2"])[0])
+
+
+@rule("tensordot")
+def tensordot(flow: Flow, node: fx.Node, args: Mapping[str, Any]) -> Value:
+    """Contracts the last dimensions of one with the first of the other, or those that are listed."""
+    one, two, dims = flow.of(args["a"]), flow.of(args["b"]), args["dims"]
+    if isinstance(dims, int):
+        pairs = [(len(one) - dims + place, place) for place in range(dims)]
+    else:
+        pairs = [(a % len(one), b % len(two)) for a, b in zip(*map(tuple_of, dims), strict=True)]
+    for a, b in pairs:
+        flow.consume(args["a"], a, flow.tie(one[a], two[b]))
+    rest = [place for place in range(len(two)) if place not in [b for _, b in pairs]]
+    if args["b"].op == "get_attr" and flow.has(str(args["b"].target)):
+        for place in rest:
+            flow.produce(two[place], (str(args["b"].target), place))
+    return (*(one[place] for place in range(len(one)) if place not in [a for a, _ in pairs]),
+            *(two[place] for place in rest))
 
 
 @rule("einsum")

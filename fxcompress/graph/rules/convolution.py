@@ -128,10 +128,11 @@ def _input(flow: Flow, node: fx.Node, args: Mapping[str, Any]) -> tuple[Dims, in
     dims = list(flow.of(args["input"]))
     if args.get("padding_mode", "zeros") not in ("zeros", "reflect", "replicate", "circular"):
         raise NoRuleError("pads in a way that no rule follows")
+    over_scalars = rank == 1 and 1 in kernel[:2]  # of a value for each place: these places may be channels
     for axis, (taps, step) in enumerate(zip(kernel[2:], _each(args["stride"], rank), strict=True)):
         place = len(dims) - rank + axis
         same = step == 1 and shape_of(node)[place] == shape_of(args["input"])[place]
-        if same and taps > 1 and args.get("padding_mode", "zeros") == "zeros":
+        if same and taps > 1 and over_scalars and args.get("padding_mode", "zeros") == "zeros":
             flow.notice(dims[place], "slides over it")  # as over the channels in efficient channel attention
         elif taps > 1 or not same:
             flow.fix(dims[place], "slides over it")

@@ -110,9 +110,9 @@ def gather(flow: Flow, node: fx.Node, args: Mapping[str, Any]) -> Value:
     return tuple(dims)
 
 
-@rule("embedding")
+@rule("embedding", "embedding_bag")
 def embedding(flow: Flow, node: fx.Node, args: Mapping[str, Any]) -> Value:
-    """Rows are looked up by number and stay; the width can shrink."""
+    """Rows are looked up by number and stay; the width can shrink. A bag sums those of one dimension up."""
     weight = flow.parameter(args, "weight")
     if weight is None:
         raise NoRuleError("looks up in a table that isn't a parameter")
@@ -120,7 +120,7 @@ def embedding(flow: Flow, node: fx.Node, args: Mapping[str, Any]) -> Value:
     source = flow.source(args, "weight")
     if source is not None:
         flow.produce(weight[1], (source, 1))
-    return (*flow.of(args["input"]), weight[1])
+    return (*(None,) * (len(shape_of(node)) - 1), weight[1])
 
 
 @rule("one_hot", "nonzero", "masked_select")
