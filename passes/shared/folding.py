@@ -5,14 +5,14 @@ model without the channel equals the model with it. What any other channel gives
 so that the mean takes its place: Evci et al., "Mean Replacement Pruning", 2018, of units; An et al.,
 "Fluctuation-based Adaptive Structured Pruning", 2024, of channels of language models. A constant is its own mean.
 
-A convolution that pads with zeros reads less of a channel at the border; the fold is that of its inside. A transposed
-one reads each number through another part of its kernel; the fold is the mean over these.
+A convolution that pads with zeros reads less of a channel at the border, and a transposed one lets each place of its
+result see another part of its kernel. A bias is the same everywhere: the fold is then the mean over all places.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -25,13 +25,13 @@ from torch import Tensor, fx, nn
 from fxcompress.graph.calibration import Place
 from fxcompress.graph.coupling import Coupling
 from fxcompress.graph.coupling_edit import Kept, kept_of
-from fxcompress.graph.coupling_flow import Consumed
+from fxcompress.graph.coupling_flow import Consumed, shape_of
 from fxcompress.graph.ops import arguments, kind_of, op_of, path_of
 from fxcompress.passes.shared.constants import constants
 from fxcompress.passes.shared.removal_scores import evaluated
 from fxcompress.passes.shared.responses import Measured, live_nodes, places_of
 
-_CONVS = {f"conv{n}d": function for n, function in ((1, F.conv1d), (2, F.conv2d), (3, F.conv3d))}
+_CONVS = tuple(f"conv{n}d" for n in (1, 2, 3))
 _TRANSPOSED = tuple(f"conv_transpose{n}d" for n in (1, 2, 3))
 _RECURRENT = ("lstm", "gru", "rnn", "lstm_cell", "gru_cell", "rnn_cell")
 
@@ -56,8 +56,7 @@ class Fold:
     shifts: dict[Sink, dict[fx.Node, Tensor]] = field(default_factory=dict)  # by the reader, before the removal
     folded: dict[str, list[str]] = field(default_factory=lambda: {"constant": [], "mean": []})  # readers
     channels: set[int] = field(default_factory=set)  # the components whose mean is folded
-    padded: list[str] = field(default_factory=list)
-    phased: list[str] = field(default_factory=list)
+    uneven: list[str] = field(default_factory=list)  # readers whose places get different amounts
     left: list[str] = field(default_factory=list)
 
     def gather(self) -> Fold:
@@ -93,8 +92,8 @@ class Fold:
         values = {place: self._value(place, gone) for place in places}
         if not any(bool(value.any()) for value in values.values()):
             return
-        amount = self._amount(entry, values[places[0]]) if len(places) == 1 else None
-        sink = self._sink(entry) if amount is not None else None
+        sink = self._sink(entry) if len(places) == 1 else None
+        amount = self._amount(entry, values[places[0]]) if sink is not None else None
         if amount is None or sink is None:
             self.left.append(_name(entry.node))
             return
@@ -120,10 +119,6 @@ class Fold:
         if self.measured is not None and (constant is None or bool((left & constant.isnan().cpu()).any())):
             self.folded["mean"].append(_name(entry.node))
             self.channels.update(self.coupling.of(entry.labels[gone]).tolist())
-        if kind_of(entry.node) in _TRANSPOSED:
-            self.phased.append(_name(entry.node))
-        elif kind_of(entry.node) in _CONVS and _pads_zeros(arguments(entry.node)):
-            self.padded.append(_name(entry.node))
 
     def _amount(self, entry: Consumed, value: Tensor) -> Tensor | None:
         """What the reader adds to each of its results for inputs `value`; None where that isn't known."""
@@ -140,9 +135,12 @@ class Fold:
             return F.linear(value, weight.double().cpu())
         if kind == "addmm":
             return value @ weight.double().cpu() if weight.dim() == 2 else None
-        if kind in _CONVS:
-            return _convolved(_CONVS[kind], args, weight.double().cpu(), value)
-        return _transposed(args, weight.double().cpu(), value) if kind in _TRANSPOSED else None
+        if kind not in _CONVS and kind not in _TRANSPOSED:
+            return None
+        seen = _coverage(entry.node, args, weight.dim() - 2, kind in _TRANSPOSED)
+        if any(bool((share != 1).any()) for share in seen):
+            self.uneven.append(_name(entry.node))
+        return _summed(weight.double().cpu(), seen, value, args["groups"], kind in _TRANSPOSED)
 
     def _sink(self, entry: Consumed) -> Sink | None:
         """Where the reader's shift goes; None where there is no place for it."""
@@ -214,10 +212,9 @@ class Fold:
         if self.folded["mean"]:
             found.append(f"compensated: the means of {len(self.channels)} removed components on the calibration data "
                          f"are folded into the biases of {_listed(self.folded['mean'])}")
-        if self.padded:
-            found.append(f"at the zero-padded border of {_listed(self.padded)} that fold isn't exact")
-        if self.phased:
-            found.append(f"the fold into {_listed(self.phased)} is the mean over the places of a kernel")
+        if self.uneven:
+            found.append(f"the fold into {_listed(self.uneven)} is the mean over its places, which differ (zero "
+                         "padding, or a transposed kernel)")
         if self.left:
             found.append(f"what removed channels gave {_listed(self.left)} is dropped: there is no bias to take it")
         return found
@@ -237,24 +234,36 @@ def _spread(gone: Kept, size: int) -> Tensor:
     return torch.from_numpy(np.tile(gone, size // len(gone)))
 
 
-def _pads_zeros(args: Mapping[str, Any]) -> bool:
-    padding = args["padding"]
-    pads = padding not in (0, "valid") and set(np.atleast_1d(padding).tolist()) != {0}
-    return pads and args.get("padding_mode", "zeros") == "zeros"
+def _coverage(node: fx.Node, args: Mapping[str, Any], rank: int, transposed: bool) -> list[Tensor]:
+    """For each spatial dimension and each place of the kernel along it, (size of the kernel): the share of the results
+    that it adds a number of the input to, not one of the padding."""
+    kernel = shape_of(args["weight"]) if isinstance(args["weight"], fx.Node) else tuple(args["weight"].shape)
+    stride, dilation = (np.broadcast_to(args[name], rank) for name in ("stride", "dilation"))
+    found = []
+    for dim in range(rank):
+        size, result = (shape_of(place)[dim - rank] for place in (args["input"], node))
+        taps = torch.arange(kernel[2 + dim]) * int(dilation[dim])
+        before = _padding(args, dim, rank, int(taps[-1]))
+        slides, stays = (size, result) if transposed else (result, size)
+        places = torch.arange(slides)[:, None] * int(stride[dim]) - before + taps
+        inside = (places >= 0) & (places < stays)
+        if args.get("padding_mode", "zeros") != "zeros":
+            inside = torch.ones_like(inside)
+        found.append(inside.double().sum(0) / result)
+    return found
 
 
-def _convolved(convolve: Callable[..., Tensor], args: Mapping[str, Any], weight: Tensor, value: Tensor) -> Tensor:
-    """What a convolution gives for a constant input, where its kernel stays inside: the sum over its places."""
-    dilation = np.broadcast_to(args["dilation"], weight.dim() - 2)
-    extent = [int((size - 1) * step + 1) for size, step in zip(weight.shape[2:], dilation, strict=True)]
-    picture = value.reshape(1, -1, *(1,) * len(extent)).expand(1, -1, *extent)
-    return convolve(picture, weight, dilation=args["dilation"], groups=args["groups"]).flatten()
+def _padding(args: Mapping[str, Any], dim: int, rank: int, extent: int) -> int:
+    """The padding before the first number; `extent` is the reach of the kernel."""
+    if isinstance(args["padding"], str):
+        return extent // 2 if args["padding"] == "same" else 0
+    return int(np.broadcast_to(args["padding"], rank)[dim])
 
 
-def _transposed(args: Mapping[str, Any], weight: Tensor, value: Tensor) -> Tensor:
-    """What a transposed convolution gives for a constant input, inside, on average: each number of the input meets the
-    whole kernel, and makes as many of the result as its strides say."""
-    steps = int(np.prod(np.broadcast_to(args["stride"], weight.dim() - 2)))
-    groups = args["groups"]
-    by_group = weight.flatten(2).sum(2).unflatten(0, (groups, -1))
-    return torch.einsum("gi,gio->go", value.unflatten(0, (groups, -1)), by_group).flatten() / steps
+def _summed(weight: Tensor, seen: list[Tensor], value: Tensor, groups: int, transposed: bool) -> Tensor:
+    """A kernel applied to a constant `value` of each channel, on average over the places: (out channels)."""
+    for share in reversed(seen):
+        weight = weight @ share
+    if not transposed:
+        weight = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)  # (in, out / groups)
+    return torch.einsum("gi,gio->go", value.unflatten(0, (groups, -1)), weight.unflatten(0, (groups, -1))).flatten()
