@@ -27,6 +27,7 @@ from .policy import load_policy
 from .policy.model import Policy
 from .render import RENDERERS, clean, print_text
 from .spec import Loaded, SpecError, load_spec
+from .spec_data import load_data
 
 P = ParamSpec("P")
 Params = Mapping[str, object]
@@ -87,12 +88,15 @@ def plan(policy_path: Path, spec: str, weights: Path | None = None, params: Para
 
 @_reporting
 def compile(policy_path: Path, spec: str, weights: Path | None = None, params: Params | None = None,
-            output: Path = Path("out"), plan_file: Path | None = None) -> int:
+            output: Path = Path("out"), plan_file: Path | None = None, calibration: str | None = None) -> int:
     """Carry the policy out on the model and write the artifact to `output`. There is no training here: every phase runs
-    at once and every ramp goes to its end. A plan in `plan_file` is refused if the policy or the model is another."""
+    at once and every ramp goes to its end. A plan in `plan_file` is refused if the policy or the model is another.
+    `calibration` says where calibration data come from, see `spec_data.py`."""
     policy, loaded = _load(policy_path, spec, weights, params)
     made = read_plan(plan_file) if plan_file is not None else None
-    result = compile_policy(policy, _capture(loaded), plan=made, epochs=_epochs(policy), steps_per_epoch=1)
+    data = load_data(calibration) if calibration is not None else None
+    result = compile_policy(policy, _capture(loaded), plan=made, epochs=_epochs(policy), steps_per_epoch=1,
+                            calibration=data)
     run_through(result)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # they are in `result.warnings`, and printed from there
@@ -117,7 +121,7 @@ def run_through(result: Result) -> None:
     """Let every phase begin and end, in its order, with every ramp at its end, by moving the clock behind them all."""
     ends = [phase.window.end for phase in result.policy.phases if phase.window and phase.window.unit == "steps"]
     result.clock.steps, result.clock.epochs = math.ceil(max(ends, default=0)), math.ceil(_epochs(result.policy))
-    result.step()
+    result.epoch_end()  # not `step()`: no penalty on the weights may act, there is no training
     result.clock.steps = result.clock.epochs = result.clock.in_epoch = 0  # nothing was trained, and the report says so
 
 

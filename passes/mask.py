@@ -219,7 +219,7 @@ def _place(site: Site) -> Label | None:
 
 def _target(graph: Captured, node: fx.Node, name: str, masked: Masked, bias: Masked | None) -> Target:
     from fxcompress.graph.ops import kind_of, path_of
-    from fxcompress.passes.shared.masking import layout_of, mask_module
+    from fxcompress.passes.shared.masking import is_there, layout_of, mask_module
     from fxcompress.passes.shared.selection import Target
 
     return Target(
@@ -227,5 +227,6 @@ def _target(graph: Captured, node: fx.Node, name: str, masked: Masked, bias: Mas
         parameter=lambda: graph.module.get_parameter(masked.parameter),
         mask=lambda: mask_module(graph, masked.mask),
         layout=lambda: layout_of(node, name),
+        there=lambda: is_there(graph, masked.mask),
         follower=None if bias is None else lambda: mask_module(graph, bias.mask),
     )

@@ -167,6 +167,36 @@ def tiles_rolls_and_expansions():
 
 
 @net
+def maxout():
+    def run(m, x):
+        return m.fc(m.a(x).view(*x.shape[:2], 12, 2).amax(-1))  # pairs of channels leave, not the half of each pair
+
+    return Net(run, a=nn.Linear(16, 24), fc=nn.Linear(12, 5)), tokens()
+
+
+@net
+def groups_that_only_leave_whole():
+    """Heads beside the same heads through a convolution of a group for each of q, k and v (EfficientViT)."""
+    def run(m, x):
+        x = m.a(x)
+        x = torch.cat([x, m.mix(x)], 1).reshape(x.shape[0], -1, 48, 64).transpose(-1, -2)
+        q, k, v = x.chunk(3, dim=-1)
+        return m.fc(((q @ k.transpose(-1, -2)).softmax(-1) @ v).transpose(1, 2).flatten(2)).sum(1)
+
+    return Net(run, a=conv(3, 96), mix=conv(96, 96, 1, groups=6), fc=nn.Linear(64, 5)), picture()
+
+
+@net
+def depth_to_space_by_hand():
+    def run(m, x):
+        x = m.a(x)
+        n, c, h, w = x.shape
+        return head(m, m.b(x.view(n, c // 4, 2, 2, h, w).permute(0, 1, 4, 2, 5, 3).reshape(n, c // 4, h * 2, w * 2)))
+
+    return Net(run, a=conv(3, 32), b=conv(8, 8), fc=nn.Linear(8, 5)), picture()
+
+
+@net
 def pixels_by_hand():
     """Space to depth written out."""
     def run(m, x):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from torch import Tensor, fx, nn
@@ -123,8 +123,16 @@ def _detach_no_grad(traced: Traced) -> None:
 def _unread(module: fx.GraphModule) -> list[str]:
     """The top-level branches whose parameters the graph never reads."""
     read = {str(node.target) for node in module.graph.nodes if node.op in ("call_module", "get_attr")}
-    paths = [name for name, _ in module.named_parameters(remove_duplicate=False)]
-    unread = [p for p in paths if not any(p == r or p.startswith(f"{r}.") for r in read)]
-    shared = {id(module.get_parameter(p)) for p in paths if p not in unread}
-    return sorted({p.rpartition(".")[0] or p for p in unread if id(module.get_parameter(p)) not in shared})
+    named = dict(module.named_parameters(remove_duplicate=False))
+    is_read = {path: any(owner in read for owner in _owners(path)) for path in named}
+    shared = {id(tensor) for path, tensor in named.items() if is_read[path]}
+    return sorted({path.rpartition(".")[0] or path for path, tensor in named.items()
+                   if not is_read[path] and id(tensor) not in shared})
+
+
+def _owners(path: str) -> Iterator[str]:
+    """`path` and every module that it is in: `a.b.c`, `a.b`, `a`."""
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
 

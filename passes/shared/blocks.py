@@ -8,14 +8,16 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from fxcompress.diagnostics import Diagnostic, Label, PlanError
 from fxcompress.graph.captured import Captured
 from fxcompress.graph.provenance import touch
 from fxcompress.graph.residual_blocks import Block, Blocks, Refusal, find_blocks
 from fxcompress.graph.residual_drop import drop_blocks, prove_dropped
+from fxcompress.graph.select import operators
 from fxcompress.graph.site import UNKNOWN_WEIGHTS, Change, Outcome, Site
-from fxcompress.passes.shared.blocks_scores import block_scores
+from fxcompress.passes.shared.blocks_scores import block_scores, weights_of
 from fxcompress.passes.shared.criteria import criterion_of
 from fxcompress.passes.shared.ranking import NORMALIZERS, Scores
 
@@ -38,7 +40,7 @@ def remove_blocks(settings: Remove, captured: Captured, site: Site) -> Outcome:
     if not selected:
         raise _no_blocks(found, notes, site)
     choice = Choice(settings, captured, site, selected)
-    leaving = choice.leaving()
+    leaving = _repeated(captured, selected, site) or choice.leaving()
     notes += choice.shortfall(len(leaving))
     if not leaving:
         if settings.spread is not None:  # a search for a ratio: it tries small ones too
@@ -51,9 +53,22 @@ def remove_blocks(settings: Remove, captured: Captured, site: Site) -> Outcome:
         notes.append(_proven(captured, leaving, settings.verify == "float64"))
     unknown = () if captured.concrete else choice.unknown(leaving)
     changes = _changes(leaving) if not unknown else _changes(selected, choice.certain(leaving))
+    before = list(captured.module.parameters())
     for node in drop_blocks(captured, leaving):
         touch(node, settings, site, f"reads past {_names([block.label for block in leaving])}")
-    return Outcome(changes, tuple(notes), unknown)
+    there = set(captured.module.parameters())
+    nothing = ((0, torch.zeros(0, dtype=torch.long)),)
+    gone = {tensor: nothing for tensor in before if tensor not in there and tensor.dim()}
+    return Outcome(changes, tuple(notes), unknown, resized=gone)
+
+
+def _repeated(captured: Captured, selected: Sequence[Block], site: Site) -> list[Block]:
+    """The blocks that a checkpoint says have left: nothing stayed of the weights of their layers."""
+    gone = {name for name, cuts in (site.kept or {}).items() if any(not len(indices) for _, indices in cuts)}
+    values = frozenset(operators(captured.graph))
+    held = {id(block): {name for one in block.residuals for layer in one.layers
+                        for name, _ in weights_of(captured, values, layer)} for block in selected if gone}
+    return [block for block in selected if held.get(id(block)) and held[id(block)] <= gone]
 
 
 def _error(code: str, message: str, site: Site, notes: Sequence[str], help_: str) -> PlanError:

@@ -40,7 +40,7 @@ def block_scores(settings: Remove, captured: Captured, site: Site, blocks: list[
         layers = {layer for one in block.residuals for layer in one.layers}
         for node in (node for one in block.residuals for node in one.region):
             if node in layers:
-                weights += _weights(captured, values, node, number)
+                weights += _parts(captured, values, node, number)
             elif kind_of(node) in NORMS and node.op == "call_module":
                 weight = getattr(captured.module_of(node), "weight", None)
                 scales += [_part(str(node.target), weight, number)] if weight is not None else []
@@ -53,34 +53,39 @@ def _part(layer: str, tensor: Tensor, number: int, value: Tensor | None = None) 
     return part_of(layer, tensor, 0, np.full(tensor.shape[0], number), value)
 
 
-def _weights(captured: Captured, values: frozenset[fx.Node], node: fx.Node, number: int) -> list[Part]:
-    """The matrices and kernels that a layer multiplies by; masked ones as they are under their masks."""
+def weights_of(captured: Captured, values: frozenset[fx.Node], node: fx.Node) -> list[tuple[str, Tensor]]:
+    """The matrices and kernels that a layer multiplies by, by name. `values` are the nodes that depend on inputs."""
     if node.op == "call_module":
-        return [_part(path_of(node), tensor, number) for tensor in captured.module_of(node).parameters()
-                if tensor.dim() > 1]
-    parts = []
-    for given in node.all_input_nodes:
-        sources = _parameters(captured.module, given) if given not in values and given.op != "placeholder" else []
-        with torch.no_grad():
-            value = evaluated(captured.module, given) if len(sources) == 1 else None
-        for tensor in sources:
-            same = isinstance(value, Tensor) and value.shape == tensor.shape
-            parts += [_part(path_of(node), tensor, number, value if same else None)] if tensor.dim() > 1 else []
-    return parts
-
-
-def _parameters(root: nn.Module, node: fx.Node) -> list[Tensor]:
-    """The parameters that the value of `node` is computed from."""
-    ahead, found = [node], {}
+        named = captured.module_of(node).named_parameters()
+        return [(f"{node.target}.{name}", tensor) for name, tensor in named if tensor.dim() > 1]
+    found = {}
+    ahead = _given(values, node)
     while ahead:
         source = ahead.pop()
         ahead += source.all_input_nodes
         if source.op == "get_attr":
             owner, _, name = str(source.target).rpartition(".")
-            tensor: Any = getattr(root.get_submodule(owner), name)
-            if isinstance(tensor, nn.Parameter):
-                found[source] = tensor
-    return list(found.values())
+            tensor: Any = getattr(captured.module.get_submodule(owner), name)
+            if isinstance(tensor, nn.Parameter) and tensor.dim() > 1:
+                found[str(source.target)] = tensor
+    return sorted(found.items())
+
+
+def _given(values: frozenset[fx.Node], node: fx.Node) -> list[fx.Node]:
+    """What a function is given that doesn't depend on inputs."""
+    return [given for given in node.all_input_nodes if given not in values and given.op != "placeholder"]
+
+
+def _parts(captured: Captured, values: frozenset[fx.Node], node: fx.Node, number: int) -> list[Part]:
+    """The weights of a layer as parts of block `number`; masked ones as they are under their masks."""
+    given = _given(values, node) if node.op == "call_function" else []
+    with torch.no_grad():
+        computed = [value for one in given if isinstance(value := evaluated(captured.module, one), Tensor)]
+    parts = []
+    for _, tensor in weights_of(captured, values, node):
+        masked = [value for value in computed if value.shape == tensor.shape]
+        parts.append(_part(path_of(node), tensor, number, masked[0] if len(masked) == 1 else None))
+    return parts
 
 
 class Influence:

@@ -124,6 +124,15 @@ def _call(captured: Captured, reader: fx.Node, target: str) -> fx.Node:
     return call
 
 
+def is_there(captured: Captured, path: str) -> bool:
+    """Whether a module is at `path` still."""
+    owner, _, name = path.rpartition(".")
+    try:
+        return name in captured.module.get_submodule(owner)._modules
+    except AttributeError:
+        return False
+
+
 def mask_module(captured: Captured, name: str) -> Mask:
     """The mask called `name`."""
     found = captured.module.get_submodule(name)

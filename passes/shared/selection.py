@@ -24,6 +24,7 @@ class Target:
     parameter: Callable[[], Tensor]
     mask: Callable[[], Mask]
     layout: Callable[[], Layout]
+    there: Callable[[], bool]  # whether its layer still is: `remove` may have taken it out
     follower: Callable[[], Mask] | None = None  # the mask of a bias whose entries go with the rows of this one
 
 
@@ -38,7 +39,11 @@ class Ranking:
     seed: int
 
     def select(self, targets: Sequence[Target], sparsity: float) -> bool:
-        """Write masks of `sparsity` into every target. False, with nothing done, while evidence is missing."""
+        """Write masks of `sparsity` into every target that still is there. False, with nothing done, while evidence is
+        missing."""
+        targets = [target for target in targets if target.there()]
+        if not targets:
+            return True
         if self.score.needs != "none" and not all(_has_evidence(target.mask()) for target in targets):
             return sparsity <= 0 and not any(target.mask().masked() for target in targets)
         generator = torch.Generator().manual_seed(self.seed)

@@ -149,18 +149,18 @@ def _choose(flow: Flow, labels: np.ndarray[Any, np.dtype[np.int64]], sizes: list
     is the offset in every group."""
     last = len(sizes) - 1
     if not feeds_attention(flow.node):
-        return _turned(flow, last, last - 1)
+        return _turned(flow, last, 0, "split")
     if shape_of(flow.node)[-2:] == (1, sizes[last]):  # one head: only its width can shrink
         return last
     packed = last > 1 and sizes[last - 1] in (2, 3) and sizes[last - 2] > 3  # (heads, 3, width), else (3, heads, width)
     heads = last - 2 if packed else last - 1
     chosen = heads if flow.split == "heads" else last
     flow.heads.append((labels, labels))
-    return _turned(flow, chosen, last if chosen == heads else heads)
+    return _turned(flow, chosen, last if chosen == heads else heads, "heads")
 
 
-def _turned(flow: Flow, chosen: int, other: int) -> int:
-    flow.grouped[flow.node] = "split"
+def _turned(flow: Flow, chosen: int, other: int, form: str) -> int:
+    flow.grouped[flow.node] = form
     return other if flow.node.name in flow.flipped else chosen
 
 

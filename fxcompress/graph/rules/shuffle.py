@@ -112,7 +112,7 @@ def straightened(edit: Edit, node: fx.Node) -> bool:
     if kept is None or shuffle.regular(kept):
         return False
     if node is shuffle.first:
-        edit.later.append(partial(_reorder, edit.flow.captured, shuffle, source, _renumbered(shuffle.order, kept)))
+        edit.later.append(partial(_reorder, edit.flow.captured, shuffle, _renumbered(shuffle.order, kept)))
     return True
 
 
@@ -122,7 +122,8 @@ def _renumbered(order: Labels, kept: Kept) -> list[int]:
     return [int(place) for place in places[order[kept[order]]]]
 
 
-def _reorder(captured: Captured, shuffle: Shuffle, source: fx.Node, order: list[int]) -> None:
+def _reorder(captured: Captured, shuffle: Shuffle, order: list[int]) -> None:
+    source = arguments(shuffle.first)["input"]  # by now; a shuffle before it may have been replaced
     holder = path_of(shuffle.last).rpartition(".")[0] if shuffle.last.op == "call_module" else path_of(shuffle.last)
     try:
         parent = captured.module.get_submodule(holder)
@@ -138,7 +139,7 @@ def _reorder(captured: Captured, shuffle: Shuffle, source: fx.Node, order: list[
     node = shuffle.last
     while node is not source:
         gone.append(node)
-        node = node.all_input_nodes[0]
+        node = arguments(node)["input"]
     captured.replace(shuffle.last, new)
     captured.moved.update({old.name: (new.name,) for old in gone})
 
