@@ -8,7 +8,7 @@ other class is ever built: the name in the file is only a key of `CLASSES`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, cast
 
@@ -17,7 +17,9 @@ from torch import nn
 from torchvision.ops import StochasticDepth
 
 from ..graph.modules import keeps_forward, leaf_of
-from ..nn import ByMode, Mask, Reorder
+from ..nn import ByMode, IntConv2d, IntLinear, IntMaxPool2d, Mask, Quantizer, Reorder, ToFloat, ToInteger
+from ..nn.integer import After, Grid
+from ..nn.scheme import Scheme
 from .artifact_json import Cursor, fail, printable, reason
 from .artifact_values import UnsaveableError
 
@@ -75,6 +77,33 @@ REAL_OR_NONE = Argument(_or_none(lambda cursor: cursor.number()))
 EVIDENCE = ("none", "gradient", "movement")
 BIAS = Argument(lambda cursor: cursor.boolean(), _has("bias"))
 
+
+
+def _record(cls: type[Any], **fields: Callable[[Cursor], Any]) -> Callable[[Cursor], Any]:
+    """Reads a small dataclass, each of its fields by name."""
+    def read(cursor: Cursor) -> Any:
+        found = cursor.fields(tuple(fields))
+        return cls(**{name: of(found[name]) for name, of in fields.items()})
+
+    return read
+
+
+def _plainly(name: str) -> Argument:
+    """Writes the dataclass that is the attribute `name` as an object."""
+    return Argument(_RECORDS[name], lambda module: asdict(getattr(module, name)))
+
+
+_grid = _record(Grid, scale=lambda c: c.number(), zero_point=lambda c: c.integer(), low=lambda c: c.integer(),
+                high=lambda c: c.integer())
+_RECORDS: Mapping[str, Callable[[Cursor], Any]] = {
+    "gives": _grid, "reads": _grid,
+    "scheme": _record(Scheme, bits=lambda c: c.integer(1, 32), signed=lambda c: c.boolean(),
+                      symmetric=lambda c: c.boolean(), narrow=lambda c: c.boolean()),
+    "after": _record(After, gives=_or_none(_grid), adds=_or_none(_grid), copies=lambda c: c.boolean(),
+                     activation=lambda c: c.text(32), numbers=lambda c: tuple(item.number() for item in c.items(8))),
+}
+SCHEME, GRID, READS, AFTER = _plainly("scheme"), _plainly("gives"), _plainly("reads"), _plainly("after")
+_PRODUCT = {"shape": NUMBERS, "has_bias": FLAG, "reads": READS, "after": AFTER}
 _CONV = {"in_channels": WHOLE, "out_channels": WHOLE, "kernel_size": NUMBERS, "stride": NUMBERS, "padding": PADDING,
          "dilation": NUMBERS, "groups": WHOLE, "bias": BIAS, "padding_mode": WORD}
 _CONV_T = _CONV | {"padding": NUMBERS, "output_padding": NUMBERS}
@@ -131,6 +160,16 @@ def _rows() -> Iterable[SavedClass]:
     yield SavedClass(Mask, {"shape": Argument(_numbers, lambda m: tuple(cast(Mask, m).mask.shape)),
                             "evidence": Argument(lambda c: c.choice(EVIDENCE), lambda m: m.collects)})
     yield SavedClass(Reorder, {"dim": WHOLE, "order": Argument(_places)})
+    yield SavedClass(Quantizer, {
+        "scheme": SCHEME, "rows": WHOLE, "axis": WHOLE_OR_NONE, "observer": WORD, "on": FLAG,
+        "arguments": Argument(lambda c: tuple(item.number() for item in c.items(8)))})
+    yield SavedClass(ToInteger, {"gives": GRID})
+    yield SavedClass(ToFloat, {"reads": READS})
+    yield SavedClass(IntMaxPool2d, {"kernel_size": NUMBERS, "stride": NUMBERS, "padding": NUMBERS, "dilation": NUMBERS,
+                                    "ceil_mode": FLAG})
+    yield SavedClass(IntLinear, _PRODUCT)
+    yield SavedClass(IntConv2d, _PRODUCT | {"stride": NUMBERS, "padding": NUMBERS, "dilation": NUMBERS,
+                                            "groups": WHOLE})
     yield SavedClass(ByMode, {"train_value": Argument(_constant), "eval_value": Argument(_constant)})
 
 
@@ -163,6 +202,8 @@ def describe(module: nn.Module) -> tuple[str, dict[str, Any]]:
 def _plain(value: object) -> object:
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise UnsaveableError(f"a module with a setting of type {type(value).__name__}")

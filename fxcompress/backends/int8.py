@@ -1,9 +1,9 @@
-"""From quantizers to integer kernels: what a simulation promises, computed in uint8 and int8 on the CPU."""
+"""From quantizers to integer kernels: what the simulation promises, computed in uint8 and int8 on the CPU."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,54 +13,128 @@ from ..graph.captured import Captured
 from ..graph.ops import arguments, kind_of, module_of, path_of
 from ..graph.provenance import inherit
 from ..nn.affine import quantize
-from ..nn.integer import After, Conv2d, Grid, Linear, MaxPool2d, ToFloat, ToInteger
+from ..nn.integer import FLOATS, After, Grid, IntConv2d, IntLinear, IntMaxPool2d, ToFloat, ToInteger
 from ..nn.quantizer import Quantizer
+from ..passes.shared.calibrating import quantizers_of
 from ..passes.shared.integer import Region, data_of, regions_of, role_of
 
-# Activation -> oneDNN's name for it, and the arguments that are its numbers.
+# Activation -> oneDNN's name for it, and its numbers, or the arguments that hold them.
 ACTIVATIONS: Mapping[str, tuple[str, tuple[str | float, ...]]] = {
     "relu": ("relu", ()), "relu6": ("hardtanh", (0.0, 6.0)), "hardtanh": ("hardtanh", ("min_val", "max_val")),
     "hardswish": ("hardswish", ()), "silu": ("swish", ()),
 }
+KERNEL_BITS = 8  # of the integers that kernels read and give: narrower ones are left to the simulation
 
 
-def lower(captured: Captured) -> Captured:
-    """`captured`, whose quantizers all round, with integer kernels in their place; in place. The caller refreshes."""
-    return _Lowering(captured).run()
+@dataclass
+class Lowered:
+    """What `lower` did: `kernels` has the new nodes by the name of the layer's node; `left` says of each quantized
+    layer that stays in float why."""
+
+    kernels: dict[str, fx.Node] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+
+
+def lower(captured: Captured) -> Lowered:
+    """Put integer kernels in the place of quantized layers, in place. All quantizers have ranges; the caller
+    refreshes."""
+    lowering = _Lowering(captured, Lowered())
+    lowering.run()
+    return lowering.done
 
 
 @dataclass
 class _Lowering:
-    captured: Captured
-    ints: dict[fx.Node, tuple[fx.Node, Grid]] = field(default_factory=dict)  # value -> its integers
-    floats: dict[fx.Node, fx.Node] = field(default_factory=dict)  # integers -> the same as floats
+    """`ints` has the integers of each value, with their grid; `floats` the same numbers as floats again; `replaced` are
+    the nodes whose place integers take."""
 
-    def run(self) -> Captured:
+    captured: Captured
+    done: Lowered
+    ints: dict[fx.Node, tuple[fx.Node, Grid]] = field(default_factory=dict)
+    floats: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    replaced: set[fx.Node] = field(default_factory=set)
+
+    def run(self) -> None:
         graph = self.captured.graph
-        products = [node for node in graph.nodes if role_of(node) == "product" and _weight_quantizer(node)]
-        regions = regions_of(products) if products else []
-        ends = {region.end: region for region in regions}
+        products = [node for node in graph.nodes if role_of(node) == "product" and _on_weight(node)]
+        ends = {region.end: region for region in (regions_of(products) if products else ())}
+        rounded = quantizers_of(self.captured)
         for node in list(graph.nodes):
-            if kind_of(node) == "quantizer" and kind_of(node.args[0]) != "parameter" and not _is_weight(node):
-                self._quantized(node, ends)
-            elif node in ends and not _rounded(node):
+            if node in rounded:
+                self._round(node, rounded[node], ends)
+            elif node in ends and not any(user in rounded for user in node.users):
                 self._emit(ends[node], None, node)
             elif role_of(node) in ("passes", "joins"):
                 self._pass(node)
         for node, (integers, grid) in list(self.ints.items()):
-            left = [user for user in node.users if user.op == "output" or not self._gone(user)]
-            for user in left:
+            for user in [user for user in node.users if user not in self.replaced]:
                 user.replace_input_with(node, self._float(node, integers, grid))
-        graph.eliminate_dead_code()
-        return self.captured
+        for node in reversed(graph.nodes):
+            if not node.users and node.op not in ("placeholder", "output"):
+                graph.erase_node(node)
+        self._keep_apart()
+        self._settle()
 
-    def _gone(self, user: fx.Node) -> bool:
-        """Whether integers took the place of `user` already."""
-        return user in self._replaced
+    def _round(self, node: fx.Node, quantizer: Quantizer, ends: Mapping[fx.Node, Region]) -> None:
+        """Integers for what a quantizer rounds: of the kernel in front of it, or of floats."""
+        source, scheme = node.args[0], quantizer.scheme
+        assert isinstance(source, fx.Node)
+        grid = Grid(float(quantizer.scale), int(quantizer.zero_point), scheme.low, scheme.high)
+        if source in ends and not scheme.signed and self._emit(ends[source], grid, node):
+            return
+        self._take(node, self._call(ToInteger(grid), f"{node.name}_to_integer", node, (source,), node), grid)
 
-    _replaced: set[fx.Node] = field(default_factory=set)
+    def _take(self, node: fx.Node, integers: fx.Node, grid: Grid) -> None:
+        self.ints[node] = (integers, grid)
+        self.replaced.add(node)
+
+    def _emit(self, region: Region, gives: Grid | None, at: fx.Node) -> bool:
+        """Put the kernel of `region` behind `at`, whose place it takes; False where what it reads is in floats."""
+        product, (data, *_) = region.product, data_of(region.product)
+        if data not in self.ints or (region.other is not None and region.other not in self.ints):
+            self.done.left[product.name] = "what it reads isn't in integers"
+            return False
+        integers, reads = self.ints[data]
+        inputs, after = [integers], After(gives)
+        if region.other is not None:
+            other, adds = self.ints[region.other]
+            if gives is None:  # oneDNN adds floats to what it gives as floats
+                other, adds = self._float(region.other, other, adds), FLOATS
+            inputs, after = [integers, other], replace(after, adds=adds)
+        if region.activation is not None:
+            name, numbers = _activation(region.activation)
+            after = replace(after, activation=name, numbers=numbers)
+        path = f"{path_of(product) or product.name}.integer"
+        made = self._call(_kernel(self.captured, product, reads, after), path, at, tuple(inputs), product)
+        self.done.kernels[product.name] = made
+        self.replaced.update(node for node in (product, region.add, region.activation) if node is not None)
+        if gives is None:
+            at.replace_all_uses_with(made)
+        else:
+            self._take(at, made, gives)
+        return True
+
+    def _pass(self, node: fx.Node) -> None:
+        """Let an operator that only moves numbers move integers, where all that it reads are of one grid."""
+        data = data_of(node)
+        grids = {self.ints[value][1] for value in data if value in self.ints}
+        if not data or len(grids) != 1 or any(value not in self.ints for value in data):
+            return
+        swap = {value: self.ints[value][0] for value in data}
+        if kind_of(node) == "max_pool2d":
+            made = self._call(_pool(node), f"{node.name}_integer", node, (swap[data[0]],), node)
+        else:
+            with self.captured.graph.inserting_after(node):
+                made = self.captured.graph.node_copy(node, lambda arg: swap.get(arg, arg))
+        self._take(node, made, *grids)
+
+    def _float(self, node: fx.Node, integers: fx.Node, grid: Grid) -> fx.Node:
+        if integers not in self.floats:
+            self.floats[integers] = self._call(ToFloat(grid), f"{integers.name}_to_float", integers, (integers,), node)
+        return self.floats[integers]
 
     def _call(self, module: nn.Module, path: str, after: fx.Node, args: tuple[fx.Node, ...], old: fx.Node) -> fx.Node:
+        """A call of a new module at `path`, behind the node `after`, with the provenance of `old`."""
         owner, _, leaf = path.rpartition(".")
         self.captured.module.get_submodule(owner).add_module(leaf, module.eval())
         with self.captured.graph.inserting_after(after):
@@ -69,78 +143,57 @@ class _Lowering:
         inherit(node, old)
         return node
 
-    def _quantized(self, node: fx.Node, ends: Mapping[fx.Node, Region]) -> None:
-        source, quantizer = node.args[0], module_of(node)
-        assert isinstance(source, fx.Node) and isinstance(quantizer, Quantizer)
-        grid = Grid(float(quantizer.scale), int(quantizer.zero_point), quantizer.scheme.low, quantizer.scheme.high)
-        if source in ends:
-            if self._emit(ends[source], grid, node):
-                return
-        made = self._call(ToInteger(grid), f"{node.name}_to_integer", node, (source,), node)
-        self.ints[node] = (made, grid)
-        self._replaced.add(node)
-
-    def _emit(self, region: Region, gives: Grid | None, at: fx.Node) -> bool:
-        """Put the kernel of `region` behind `at`; False where what it reads isn't in integers."""
-        product = region.product
-        data = data_of(product)[0]
-        if data not in self.ints or (region.other is not None and region.other not in self.ints):
-            return False
-        integers, reads = self.ints[data]
-        inputs = [integers]
-        adds = None
-        if region.other is not None:
-            other, adds = self.ints[region.other]
-            if gives is None:  # oneDNN adds floats to what it gives as floats
-                other, adds = self._float(region.other, other, adds), Grid(1.0, 0)
-            inputs.append(other)
-        name, numbers = "none", ()
-        if region.activation is not None:
-            name, numbers = _activation(region.activation)
-        path = f"{path_of(product)}.integer" if path_of(product) else f"{product.name}_integer"
-        made = self._call(_kernel(self.captured, product, reads, After(gives, adds, name, numbers)), path, at,
-                          tuple(inputs), product)
-        self._replaced.update(node for node in (product, region.add, region.activation, at) if node is not None)
-        if gives is None:
-            at.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made)
-        else:
-            self.ints[at] = (made, gives)
-        return True
-
-    def _pass(self, node: fx.Node) -> None:
-        data = data_of(node)
-        if not data or any(value not in self.ints for value in data):
-            return
-        grids = {self.ints[value][1] for value in data}
-        if len(grids) > 1:
-            return
-        swap = {value: self.ints[value][0] for value in data}
-        if kind_of(node) == "max_pool2d":
-            made = self._call(_pool(node), f"{node.name}_integer", node, (swap[data[0]],), node)
-        else:
-            with self.captured.graph.inserting_after(node):
-                made = self.captured.graph.node_copy(node, lambda arg: swap.get(arg, arg))
-        self.ints[node] = (made, next(iter(grids)))
-        self._replaced.add(node)
-
-    def _float(self, node: fx.Node, integers: fx.Node, grid: Grid) -> fx.Node:
-        if integers not in self.floats:
-            self.floats[integers] = self._call(ToFloat(grid), f"{integers.name}_to_float", integers, (integers,), node)
-        return self.floats[integers]
+    def _keep_apart(self) -> None:
+        """A kernel writes its sum into what it adds: it gets a copy where that is read again later."""
+        order = {node: place for place, node in enumerate(self.captured.graph.nodes)}
+        for node in self.done.kernels.values():
+            module = module_of(node)
+            assert isinstance(module, IntConv2d | IntLinear)
+            if len(node.args) > 1 and isinstance(other := node.args[1], fx.Node):
+                later = any(order[user] > order[node] for alias in _aliases(other) for user in alias.users)
+                module.after = replace(module.after, copies=later or other.op == "placeholder")
 
 
-def _weight_quantizer(node: fx.Node) -> Quantizer | None:
+    def _settle(self) -> None:
+        """Each kernel takes the place of its layer's module, and what nothing reads any more goes: modules,
+        parameters and buffers of those that stay."""
+        root, graph = self.captured.module, self.captured.graph
+        users = [str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")]
+        for node in self.done.kernels.values():
+            path = str(node.target).removesuffix(".integer")
+            if not any(target == path or target.startswith(f"{path}.") and target != node.target for target in users):
+                owner, _, leaf = path.rpartition(".")
+                setattr(root.get_submodule(owner), leaf, module_of(node))
+                node.target = path
+        root.delete_all_unused_submodules()
+        called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+        read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+        for name in [*dict(root.named_parameters(remove_duplicate=False)),
+                     *dict(root.named_buffers(remove_duplicate=False))]:
+            path, _, leaf = name.rpartition(".")
+            if name not in read and not any(path == at or path.startswith(f"{at}.") for at in called):
+                delattr(root.get_submodule(path), leaf)
+
+
+def _aliases(node: fx.Node) -> set[fx.Node]:
+    """The nodes whose values may share memory with that of `node`: views of it, and what it is a view of."""
+    found: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            if role_of(node) == "passes" and node.op == "call_function":
+                stack += data_of(node)
+            stack += [user for user in node.users if role_of(user) == "passes" and user.op == "call_function"]
+    return found
+
+
+def _on_weight(node: fx.Node) -> Quantizer | None:
+    """The quantizer on the weight of a product, if it can be int8."""
     weight = arguments(node).get("weight")
     found = module_of(weight) if isinstance(weight, fx.Node) and weight.op == "call_module" else None
-    return found if isinstance(found, Quantizer) and found.state == "on" else None
-
-
-def _is_weight(node: fx.Node) -> bool:
-    return all(arguments(user).get("weight") is node for user in node.users)
-
-
-def _rounded(node: fx.Node) -> bool:
-    return any(kind_of(user) == "quantizer" for user in node.users)
+    return found if isinstance(found, Quantizer) and found.on and found.scheme.bits <= KERNEL_BITS else None
 
 
 def _activation(node: fx.Node) -> tuple[str, tuple[float, ...]]:
@@ -156,28 +209,30 @@ def _pair(value: Any) -> list[int]:
 def _pool(node: fx.Node) -> nn.Module:
     values = arguments(node)
     kernel = _pair(values["kernel_size"])
-    return MaxPool2d(kernel, _pair(values.get("stride") or kernel), _pair(values.get("padding", 0)),
-                     _pair(values.get("dilation", 1)), bool(values.get("ceil_mode", False)))
+    return IntMaxPool2d(kernel, _pair(values.get("stride") or kernel), _pair(values.get("padding", 0)),
+                        _pair(values.get("dilation", 1)), bool(values.get("ceil_mode", False)))
 
 
-def _kernel(captured: Captured, node: fx.Node, reads: Grid, after: After) -> nn.Module:
-    """The integer layer for `node`, its weights rounded as the quantizer on them says."""
-    values = arguments(node)
-    quantizer = _weight_quantizer(node)
+def _kernel(captured: Captured, node: fx.Node, reads: Grid, after: After) -> IntConv2d | IntLinear:
+    """The integer layer for `node`, its weights rounded as the quantizer on them does."""
+    values, quantizer = arguments(node), _on_weight(node)
     assert quantizer is not None
+    bias = values.get("bias")
     with torch.no_grad():
         weight = _value(captured, values["weight"].args[0])
         shape = (-1, *[1] * (weight.dim() - 1))
-        scheme = quantizer.scheme
-        integers = quantize(weight, quantizer.scale.reshape(shape), quantizer.zero_point.reshape(shape), scheme.low,
-                            scheme.high).to(torch.int8)
+        integers = quantize(weight, quantizer.scale.reshape(shape), quantizer.zero_point.reshape(shape),
+                            quantizer.scheme.low, quantizer.scheme.high).to(torch.int8)
         scales = quantizer.scale.expand(weight.shape[0]).clone()
-        bias = values.get("bias")
         offset = _value(captured, bias).detach().clone() if isinstance(bias, fx.Node) else None
+    made: IntConv2d | IntLinear
     if kind_of(node) == "linear":
-        return Linear(integers, scales, offset, reads, after)
-    return Conv2d(integers, scales, offset, reads, after, _pair(values["stride"]), _pair(values["padding"]),
-                  _pair(values["dilation"]), int(values["groups"]))
+        made = IntLinear(weight.shape, offset is not None, reads, after)
+    else:
+        made = IntConv2d(weight.shape, offset is not None, reads, after, _pair(values["stride"]),
+                         _pair(values["padding"]), _pair(values["dilation"]), int(values["groups"]))
+    made.fill(integers, scales, offset)
+    return made
 
 
 def _value(captured: Captured, node: fx.Node) -> Tensor:
@@ -186,5 +241,7 @@ def _value(captured: Captured, node: fx.Node) -> Tensor:
         owner, _, leaf = str(node.target).rpartition(".")
         found: Tensor = getattr(captured.module.get_submodule(owner), leaf)
         return found
-    made: Tensor = module_of(node)(_value(captured, node.args[0]))  # type: ignore[arg-type]
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    made: Tensor = module_of(node)(_value(captured, source))
     return made

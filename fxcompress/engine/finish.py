@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, fx
 
 from ..diagnostics import Diagnostic, PlanError, Sink
+from ..graph.calibration import Calibration
 from ..graph.captured import Captured, Example, Origin
+from ..graph.ops import kind_of
 from ..graph.provenance import origins_of
 from ..graph.select import Bound
 from ..graph.timing import TOLERANCE, latency
@@ -21,6 +23,7 @@ from ..plan.budgets import judge
 from ..plan.model import Totals
 from ..plan.totals import totals_of
 from ..policy.model import Policy
+from .integers import is_quantized, require_ranges, to_kernels
 from .measure import Baseline, Measured, Measuring, failure
 
 
@@ -31,6 +34,7 @@ class Finished:
     captured: Captured
     totals: Totals
     measured: tuple[Measured, ...]
+    notes: tuple[str, ...] = ()
 
 
 def take_masks_off(captured: Captured, *, fold: bool) -> None:
@@ -55,17 +59,39 @@ def _rewritten(captured: Captured, rewrite: Callable[[Captured], Iterable[fx.Nod
     verify(captured, before)
 
 
-def finish(captured: Captured, policy: Policy, baseline: Baseline, lets: Mapping[str, Bound], target: str) -> Finished:
-    """A copy of `captured` for `target` with nothing left of training, in evaluation mode.
+def put_integers_in(captured: Captured, data: Calibration | None) -> list[str]:
+    """Replace what is quantized by integer kernels, in place and verified; returns what to note. Raises PlanError
+    (FXC0573)."""
+    notes: list[str] = []
 
-    Raises PlanError: FXC0530 for expectations that don't hold, FXC0320 and FXC0531 for budgets that aren't met.
+    def rewrite(captured: Captured) -> Iterable[fx.Node]:
+        there = set(captured.graph.nodes)
+        notes.extend(to_kernels(captured, data))
+        return [node for node in captured.graph.nodes if node not in there or kind_of(node) in ("linear", "conv2d")]
+
+    _rewritten(captured, rewrite, Origin("finalize", "python", "result.finalize()", "(end)", "computes in integers"))
+    return notes
+
+
+def finish(captured: Captured, policy: Policy, baseline: Baseline, lets: Mapping[str, Bound], target: str,
+           data: Calibration | None = None) -> Finished:
+    """A copy of `captured` for `target` with nothing left of training, in evaluation mode. `data` are what integer
+    kernels are held against the simulation on.
+
+    Raises PlanError: FXC0530 for expectations that don't hold, FXC0320 and FXC0531 for budgets that aren't met,
+    FXC0572 for quantized layers that weren't calibrated, FXC0573 for kernels that depart from the simulation.
     """
+    require_ranges(captured)
     final = captured.copy()
     take_masks_off(final, fold=True)
     take_training_off(final)
     final.module.zero_grad(set_to_none=True)
     final.module.eval()
     final = replace(final, module=final.module.to(target), example=_moved(final.example, target))
+    notes: list[str] = []
+    if is_quantized(final):
+        notes = put_integers_in(final, data) if target == "cpu" else [
+            "quantized layers round and compute in float: there are integer kernels for `cpu` alone"]
     sink = Sink()
     totals = totals_of(final)
     _judge_budgets(policy, baseline, totals, final, sink)
@@ -74,7 +100,7 @@ def finish(captured: Captured, policy: Policy, baseline: Baseline, lets: Mapping
     sink.items += [failure(expect, found) for expect, found in zip(policy.expects, measured, strict=True)
                    if not found.holds]
     sink.raise_if_errors(PlanError)
-    return Finished(final, totals, measured)
+    return Finished(final, totals, measured, tuple(notes))
 
 
 def device_for(target: str) -> str:

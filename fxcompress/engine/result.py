@@ -14,6 +14,7 @@ from ..diagnostics import Diagnostic, Label, PlanError
 from ..graph.calibration import Calibration
 from ..graph.captured import Captured
 from ..passbase import Facet
+from ..passes.shared.calibrating import calibrate
 from ..plan import Plan, policy_hash
 from ..policy.model import Policy
 from ..policy.phases import show_window
@@ -23,6 +24,7 @@ from .execute import Executor
 from .finish import device_for, finish, take_masks_off
 from .follow import Followers
 from .log import Entry, follows, other_graph
+from .integers import is_quantized
 from .measure import Baseline
 from .report import report, table
 from .rewind import INITIAL, Snapshots, rewind_times
@@ -100,6 +102,17 @@ class Result:
         self._snapshots.look(self.clock)
         self._training.tick()
 
+    def calibrate(self, batches: object) -> None:
+        """Give every quantizer its range from `batches`, as `calibration` of `compile` does; what was there is found
+        anew. Raises PlanError: FXC0570 for batches that don't fit, FXC0571 where a layer gives no finite number, FXC0574
+        where nothing is quantized."""
+        data = Calibration.of(batches, self.captured)
+        if not is_quantized(self.captured):
+            raise PlanError([Diagnostic("FXC0574", "there is nothing to calibrate: no layer is quantized now",
+                                        help="calibrate once the phase has begun that quantizes")])
+        calibrate(self.captured, data)
+        self._executor.calibration = data
+
     def follow(self, optimizer: Optimizer) -> Optimizer:
         """Let the state of `optimizer` (momentum, second moments) follow when parameters are cut; returns it."""
         if optimizer not in self._followers.optimizers:
@@ -158,7 +171,9 @@ class Result:
             if found not in self.warnings:
                 self.warnings.append(found)
                 warnings.warn(found.message, stacklevel=2)
-        finished = finish(self.captured, self.policy, self._baseline, self._executor.first_lets, device)
+        finished = finish(self.captured, self.policy, self._baseline, self._executor.first_lets, device,
+                          self._executor.calibration)
+        self._notes += finished.notes
         module = finished.captured.module
         module.meta["fxcompress"] = {
             "policy": self.policy.source.text, "plan": json.loads(self.plan.to_json()),

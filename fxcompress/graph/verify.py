@@ -231,7 +231,7 @@ def _gradients(captured: Captured, before: Before) -> Iterator[Violation]:
     now = dict(captured.module.named_parameters())
     buffers = dict(captured.module.named_buffers())
     for name, trained in before.trained.items():
-        if name in buffers:
+        if name in buffers and not getattr(submodule(captured.module, name.rpartition(".")[0]), "fxc_frozen", False):
             yield Violation(name, "it was a parameter and is a buffer")
         elif name in now and now[name].requires_grad != trained:
             yield Violation(name, f"its requires_grad was {trained} and is {not trained}")

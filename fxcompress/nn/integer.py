@@ -1,8 +1,8 @@
 """Layers that compute in integers on the CPU, on plain uint8 and int8 tensors.
 
-The products are oneDNN's: u8 activations times s8 weights, summed in 32 bits, the scale, bias, addition and activation
-applied to the sum, and rounded to u8 (or left in float). Weights are kept as int8 and packed at the first call: what is
-packed can neither be copied nor saved.
+The products are oneDNN's: u8 activations times s8 weights, summed in 32 bits; scale, bias, addition and activation are
+applied to the sum, which is then rounded to u8, or left in float. Weights are kept as int8 and packed at the first
+call: what is packed can neither be copied nor saved.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 @dataclass(frozen=True)
 class Grid:
-    """What an integer of a tensor stands for: (q − zero_point)·scale."""
+    """What an integer of a tensor stands for, (q − zero_point)·scale, and between what integers it lies."""
 
     scale: float
     zero_point: int
@@ -26,55 +26,60 @@ class Grid:
     high: int = 255
 
 
+_TOP = 255  # of uint8
+FLOATS = Grid(1.0, 0)  # a tensor of floats, where a kernel wants a grid
+
+
 def saturates() -> bool:
-    """Whether products of u8 and s8 saturate 16 bits on this CPU: where it has no VNNI instructions activations must
-    stay within 7 bits."""
-    return not torch.cpu._is_vnni_supported()  # type: ignore[no-untyped-call]
+    """Whether sums of two products of u8 and s8 saturate 16 bits on this CPU (`vpmaddubsw`): without VNNI instructions
+    activations have to stay within 7 bits."""
+    return not torch.cpu._is_vnni_supported()
 
 
 class ToInteger(nn.Module):
-    """Floats to uint8, by `grid`."""
+    """Floats to uint8."""
 
     fxc_kind: ClassVar[str] = "to_integer"
 
-    def __init__(self, grid: Grid) -> None:
-        """Rounds to `grid`."""
+    def __init__(self, gives: Grid) -> None:
+        """Rounds to the grid `gives`."""
         super().__init__()
-        self.grid = grid
+        self.gives = gives
 
     def forward(self, x: Tensor) -> Tensor:
-        """uint8, of the shape of `x`; images in channels-last order, which the products want."""
-        grid = self.grid
+        """uint8, of the shape of `x`; images in the channels-last order that the products want."""
+        gives = self.gives
         layout = torch.channels_last if x.dim() == 4 else torch.contiguous_format
-        q = (x * (1.0 / torch.tensor(grid.scale))).round_().add_(grid.zero_point).clamp_(grid.low, grid.high)
+        inverse = 1.0 / torch.tensor(gives.scale, dtype=torch.float32)  # in float32, as the simulation has it
+        q = (x * inverse).round_().add_(gives.zero_point).clamp_(gives.low, gives.high)
         return q.to(torch.uint8, memory_format=layout)
 
     def extra_repr(self) -> str:
         """The grid."""
-        return f"scale={self.grid.scale:.4g}, zero_point={self.grid.zero_point}"
+        return f"scale={self.gives.scale:.4g}, zero_point={self.gives.zero_point}"
 
 
 class ToFloat(nn.Module):
-    """uint8 to float32, by `grid`."""
+    """uint8 to float32."""
 
     fxc_kind: ClassVar[str] = "to_float"
 
-    def __init__(self, grid: Grid) -> None:
-        """Reads integers of `grid`."""
+    def __init__(self, reads: Grid) -> None:
+        """Reads integers of the grid `reads`."""
         super().__init__()
-        self.grid = grid
+        self.reads = reads
 
     def forward(self, q: Tensor) -> Tensor:
         """float32, of the shape of `q`."""
-        return q.to(torch.float32).sub_(self.grid.zero_point).mul_(self.grid.scale)
+        return q.to(torch.float32).sub_(self.reads.zero_point).mul_(self.reads.scale)
 
     def extra_repr(self) -> str:
         """The grid."""
-        return f"scale={self.grid.scale:.4g}, zero_point={self.grid.zero_point}"
+        return f"scale={self.reads.scale:.4g}, zero_point={self.reads.zero_point}"
 
 
-class MaxPool2d(nn.Module):
-    """The maximum over windows of uint8 images; `F.max_pool2d` refuses large ones."""
+class IntMaxPool2d(nn.Module):
+    """The maximum over windows of uint8 images (`F.max_pool2d` refuses large ones)."""
 
     fxc_kind: ClassVar[str] = "int_max_pool2d"
 
@@ -82,113 +87,162 @@ class MaxPool2d(nn.Module):
                  dilation: Sequence[int], ceil_mode: bool) -> None:
         """The settings of `torch.nn.MaxPool2d`, each of two numbers."""
         super().__init__()
-        self.settings = (list(kernel_size), list(stride), list(padding), list(dilation), ceil_mode)
+        self.kernel_size, self.stride = tuple(kernel_size), tuple(stride)
+        self.padding, self.dilation, self.ceil_mode = tuple(padding), tuple(dilation), ceil_mode
 
     def forward(self, q: Tensor) -> Tensor:
         """uint8 [N, C, H', W']."""
+        settings = (self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
         if _is_fake(q):
-            return nn.functional.max_pool2d(q.to(torch.float32), *self.settings).to(torch.uint8)
-        return torch.ops.quantized.max_pool2d(q, *self.settings)
+            return nn.functional.max_pool2d(q.to(torch.float32), *settings).to(torch.uint8)
+        found: Tensor = torch.ops.quantized.max_pool2d(q, *settings)
+        return found
 
 
 @dataclass(frozen=True)
 class After:
-    """What a product does with its sum: adds a tensor on the grid `adds`, then applies `activation` (oneDNN's name, with
-    its numbers), then rounds to `gives`, or gives floats where that is None."""
+    """What a product does with its sum: adds a tensor on the grid `adds` (a copy of it where others read it later: the
+    kernel writes into it), applies `activation` (oneDNN's name, with its `numbers`), and rounds to `gives`, or gives
+    floats where that is None."""
 
     gives: Grid | None
     adds: Grid | None = None
+    copies: bool = False
     activation: str = "none"
     numbers: tuple[float, ...] = ()
 
 
+class _Packed:
+    """Holds packed weights, which can't be copied or pickled: a copy holds nothing."""
+
+    def __init__(self) -> None:
+        self.tensor: Tensor | None = None
+
+    def __reduce__(self) -> tuple[type[_Packed], tuple[()]]:
+        return _Packed, ()
+
+
 class _Product(nn.Module):
+    """Base of the products. `weight` is int8, `weight_scale` float [out], `bias` float [out]."""
+
+    fxc_frozen: ClassVar[bool] = True  # its tensors are constants, whatever they were before
     weight: Tensor
     weight_scale: Tensor
-    weight_zero: Tensor
     bias: Tensor | None
+    _weight_zero: Tensor
 
-    def __init__(self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, reads: Grid, after: After) -> None:
+    def __init__(self, shape: Sequence[int], has_bias: bool, reads: Grid, after: After) -> None:
         super().__init__()
-        self.register_buffer("weight", weight)
-        self.register_buffer("weight_scale", weight_scale)
-        self.register_buffer("weight_zero", torch.zeros(len(weight_scale), dtype=torch.int64), persistent=False)
-        self.register_buffer("bias", bias)
-        self.reads, self.after = reads, after
-        self._packed: Tensor | None = None
+        self.shape, self.has_bias, self.reads, self.after = tuple(shape), has_bias, reads, after
+        self.register_buffer("weight", torch.zeros(self.shape, dtype=torch.int8))
+        self.register_buffer("weight_scale", torch.ones(self.shape[0]))
+        self.register_buffer("bias", torch.zeros(self.shape[0]) if has_bias else None)
+        self.register_buffer("_weight_zero", torch.zeros(self.shape[0], dtype=torch.int64), persistent=False)
+        self._packed = _Packed()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": None}
+    def fill(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        """Set the weights: int8, float [out], float [out]."""
+        self.weight, self.weight_scale, self.bias, self._packed = weight, scale, bias, _Packed()
 
-    def _gives(self) -> tuple[float, int, torch.dtype | None]:
-        gives = self.after.gives
-        return (gives.scale, gives.zero_point, None) if gives is not None else (1.0, 0, torch.float32)
+    def forward(self, q: Tensor, other: Tensor | None = None) -> Tensor:
+        """The product of `q` (uint8), uint8 or float32; with `after.adds`, `other` is added to it."""
+        after = self.after
+        if _is_fake(q):
+            made = self._shaped(q)
+            return made if after.gives is None else made.to(torch.uint8)
+        if self._packed.tensor is None:
+            self._packed.tensor = self._pack(q)
+        given = (q, self.reads.scale, self.reads.zero_point, self._packed.tensor, self.weight_scale,
+                 self._weight_zero)
+        gives = (after.gives.scale, after.gives.zero_point, torch.uint8) if after.gives else (1.0, 0, torch.float32)
+        last = (after.activation, list(after.numbers), "")
+        if other is None:
+            made = self._run(given, (*gives, *last))
+        else:
+            assert after.adds is not None
+            added = other.clone() if after.copies else other
+            adds = (after.adds.scale, after.adds.zero_point, "sum", 1.0)
+            made = self._run_adding(given, added, gives, (*adds, *last))
+        if after.gives is not None and after.gives.high < _TOP:
+            made.clamp_(max=after.gives.high)  # kernels round to all of uint8
+        return made
 
-    def _adds(self) -> tuple[float, int]:
-        adds = self.after.adds
-        return (adds.scale, adds.zero_point) if adds is not None else (1.0, 0)
+    def _shaped(self, q: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _pack(self, q: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _run(self, given: tuple[Any, ...], then: tuple[Any, ...]) -> Tensor:
+        raise NotImplementedError
+
+    def _run_adding(self, given: tuple[Any, ...], other: Tensor, gives: tuple[Any, ...],
+                    then: tuple[Any, ...]) -> Tensor:
+        raise NotImplementedError
 
     def extra_repr(self) -> str:
         """The weight's shape and what follows the product."""
         steps = ["add"] * (self.after.adds is not None) + [self.after.activation] * (self.after.activation != "none")
-        return ", ".join([str(tuple(self.weight.shape)), *steps, "u8" if self.after.gives else "f32"])
+        return ", ".join([str(self.shape), *steps, "gives u8" if self.after.gives else "gives f32"])
 
 
-class Conv2d(_Product):
-    """A convolution of uint8 images [N, C, H, W] with int8 filters; gives uint8 or float32."""
+class IntConv2d(_Product):
+    """A convolution of uint8 images [N, C, H, W] with int8 filters [out, in / groups, kH, kW]."""
 
     fxc_kind: ClassVar[str] = "int_conv2d"
 
-    def __init__(self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, reads: Grid, after: After,
-                 stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int) -> None:
-        """`weight` is int8 [out, in / groups, kH, kW], `weight_scale` float [out], `bias` float [out]."""
-        super().__init__(weight, weight_scale, bias, reads, after)
-        self.settings = (list(stride), list(padding), list(dilation), groups)
+    def __init__(self, shape: Sequence[int], has_bias: bool, reads: Grid, after: After, stride: Sequence[int],
+                 padding: Sequence[int], dilation: Sequence[int], groups: int) -> None:
+        """`shape` is that of the filters; the other settings as in `torch.nn.Conv2d`, each of two numbers."""
+        super().__init__(shape, has_bias, reads, after)
+        self.stride, self.padding, self.dilation, self.groups = tuple(stride), tuple(padding), tuple(dilation), groups
 
-    def forward(self, q: Tensor, other: Tensor | None = None) -> Tensor:
-        """The product; with `after.adds`, `other` (uint8, of the result's shape) is added to it."""
-        if _is_fake(q):
-            return _like_floats(nn.functional.conv2d(q.float(), self.weight.float(), None, *self.settings), self.after)
-        reads, after = self.reads, self.after
-        if self._packed is None:
-            self._packed = torch.ops.onednn.qconv_prepack(
-                self.weight, self.weight_scale, reads.scale, reads.zero_point, *self.settings, list(q.shape))
-        scale, zero, dtype = self._gives()
-        given = (q, reads.scale, reads.zero_point, self._packed, self.weight_scale, self.weight_zero)
-        if other is None:
-            return torch.ops.onednn.qconv2d_pointwise(*given, self.bias, *self.settings, scale, zero, dtype,
-                                                      after.activation, list(after.numbers), "")
-        return torch.ops.onednn.qconv2d_pointwise.binary(
-            *given, other, self.bias, *self.settings, scale, zero, dtype, *self._adds(), "sum", 1.0,
-            after.activation, list(after.numbers), "")
+    @property
+    def _settings(self) -> tuple[Any, ...]:
+        return self.stride, self.padding, self.dilation, self.groups
+
+    def _shaped(self, q: Tensor) -> Tensor:
+        return nn.functional.conv2d(q.to(torch.float32), self.weight.to(torch.float32), None, *self._settings)
+
+    def _pack(self, q: Tensor) -> Tensor:
+        packed: Tensor = torch.ops.onednn.qconv_prepack(
+            self.weight, self.weight_scale, self.reads.scale, self.reads.zero_point, *self._settings, q.shape)
+        return packed
+
+    def _run(self, given: tuple[Any, ...], then: tuple[Any, ...]) -> Tensor:
+        made: Tensor = torch.ops.onednn.qconv2d_pointwise(*given, self.bias, *self._settings, *then)
+        return made
+
+    def _run_adding(self, given: tuple[Any, ...], other: Tensor, gives: tuple[Any, ...],
+                    then: tuple[Any, ...]) -> Tensor:
+        other = other.contiguous(memory_format=torch.channels_last)
+        made: Tensor = torch.ops.onednn.qconv2d_pointwise.binary(
+            *given, other, self.bias, *self._settings, *gives, *then)
+        return made
 
 
-class Linear(_Product):
-    """A linear layer on uint8 rows [..., in] with int8 weights; gives uint8 or float32 [..., out]."""
+class IntLinear(_Product):
+    """A linear layer on uint8 rows [..., in] with int8 weights [out, in]."""
 
     fxc_kind: ClassVar[str] = "int_linear"
 
-    def forward(self, q: Tensor, other: Tensor | None = None) -> Tensor:
-        """The product; with `after.adds`, `other` (uint8, of the result's shape) is added to it."""
-        if _is_fake(q):
-            return _like_floats(nn.functional.linear(q.float(), self.weight.float()), self.after)
-        reads, after = self.reads, self.after
-        if self._packed is None:
-            self._packed = torch.ops.onednn.qlinear_prepack(self.weight, list(q.shape))
-        scale, zero, dtype = self._gives()
-        given = (q, reads.scale, reads.zero_point, self._packed, self.weight_scale, self.weight_zero)
-        if other is None:
-            return torch.ops.onednn.qlinear_pointwise(*given, self.bias, scale, zero, dtype or torch.uint8,
-                                                      after.activation, list(after.numbers), "")
-        return torch.ops.onednn.qlinear_pointwise.binary(
-            *given, other, self.bias, scale, zero, dtype or torch.uint8, *self._adds(), "sum", 1.0, after.activation,
-            list(after.numbers), "")
+    def _shaped(self, q: Tensor) -> Tensor:
+        return nn.functional.linear(q.to(torch.float32), self.weight.to(torch.float32))
+
+    def _pack(self, q: Tensor) -> Tensor:
+        packed: Tensor = torch.ops.onednn.qlinear_prepack(self.weight, q.shape)
+        return packed
+
+    def _run(self, given: tuple[Any, ...], then: tuple[Any, ...]) -> Tensor:
+        made: Tensor = torch.ops.onednn.qlinear_pointwise(*given, self.bias, *then)
+        return made
+
+    def _run_adding(self, given: tuple[Any, ...], other: Tensor, gives: tuple[Any, ...],
+                    then: tuple[Any, ...]) -> Tensor:
+        made: Tensor = torch.ops.onednn.qlinear_pointwise.binary(*given, other, self.bias, *gives, *then)
+        return made
 
 
 def _is_fake(q: Tensor) -> bool:
     """Whether only the shape is asked for."""
     return q.device.type == "meta" or isinstance(q, FakeTensor)
-
-
-def _like_floats(value: Tensor, after: After) -> Tensor:
-    return value if after.gives is None else value.to(torch.uint8)

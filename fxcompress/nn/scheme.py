@@ -1,4 +1,4 @@
-"""How real numbers become integers: bits, sign, symmetry, and what shares a scale."""
+"""How real numbers become integers: bits, sign, symmetry."""
 
 from __future__ import annotations
 
@@ -13,16 +13,12 @@ _TINY = torch.finfo(torch.float32).eps  # the least scale: that of a tensor of z
 @dataclass(frozen=True)
 class Scheme:
     """A way to quantize a tensor. `symmetric` puts the zero point in the middle; `narrow` leaves out the lowest integer
-    of a signed type, so that the range is as long on both sides of zero (weights: their products can then be negated
-    without overflow). `granularity` is `per_tensor`, `per_channel` or `per_token`; `group` > 0 gives a scale to each
-    so many neighbours along the inputs of an output channel."""
+    of a signed type, so that the range is as long on both sides of zero, as for weights."""
 
     bits: int = 8
     signed: bool = True
     symmetric: bool = True
     narrow: bool = False
-    granularity: str = "per_tensor"
-    group: int = 0
 
     @property
     def low(self) -> int:

@@ -8,13 +8,12 @@ from torch import fx
 
 from fxcompress.diagnostics import Diagnostic, Label, PlanError
 from fxcompress.graph.captured import Captured
-from fxcompress.graph.ops import arguments, kind_of, path_of
+from fxcompress.graph.ops import kind_of, path_of
 from fxcompress.graph.provenance import origins_of, touch
 from fxcompress.graph.site import Change, Outcome, Site
-from fxcompress.nn.observers import Observer
 from fxcompress.nn.quantizer import Quantizer
 from fxcompress.nn.scheme import Scheme
-from fxcompress.passbase import OBSERVERS
+from fxcompress.passes.shared.calibrating import calibrate, observer_of
 from fxcompress.passes.shared.fold_norms import fold
 from fxcompress.passes.shared.integer import Grids, Region, regions_of, role_of
 from fxcompress.passes.shared.masking import parameter_of
@@ -44,8 +43,11 @@ def quantize(settings: Quantize, captured: Captured, site: Site) -> Outcome:
     for node in captured.graph.nodes:
         if node not in there and not origins_of(node):
             touch(node, settings, site, "made for a quantizer", was=(user.name for user in node.users))
-    return Outcome(tuple(changes), (*notes, *_breaks(captured, regions, grids)),
-                   unknown=("the ranges of what layers read and give",))
+    unknown: tuple[str, ...] = ("the ranges of what layers read and give",)
+    if captured.concrete and site.calibration is not None:
+        calibrate(captured, site.calibration)
+        unknown = ()
+    return Outcome(tuple(changes), (*notes, *_breaks(regions, grids)), unknown=unknown)
 
 
 def _can(node: fx.Node, notes: list[str]) -> bool:
@@ -60,12 +62,9 @@ def _can(node: fx.Node, notes: list[str]) -> bool:
     return why is None
 
 
-def _observer(spec: str | Call, rows: int, captured: Captured) -> Observer:
-    device = next((tensor.device for tensor in captured.module.parameters()), None)
-    if isinstance(spec, Call):
-        return OBSERVERS[spec.name](rows, device, spec.args[0])
-    made: Observer = OBSERVERS[spec](rows, device)
-    return made
+def _spec(spec: str | Call) -> tuple[str, tuple[float, ...]]:
+    """An observer's name and its arguments: of `histogram`, of `percentile(99.9%)`."""
+    return (spec.name, tuple(float(str(arg)) for arg in spec.args)) if isinstance(spec, Call) else (spec, ())
 
 
 def _weight(settings: Quantize, captured: Captured, site: Site, node: fx.Node) -> Change:
@@ -77,14 +76,13 @@ def _weight(settings: Quantize, captured: Captured, site: Site, node: fx.Node) -
     each = settings.granularity == "per_channel"
     rows = weight.shape[0] if each else 1
     scheme = Scheme(settings.weight_bits, signed=True, symmetric=True, narrow=True)
-    quantizer = Quantizer(scheme, rows, 0 if each else None, _observer(settings.weight_observer, rows, captured),
-                          weight.device)
+    quantizer = Quantizer(scheme, rows, 0 if each else None, *_spec(settings.weight_observer), device=weight.device)
     if captured.concrete:
         masked = source.op == "call_module" and kind_of(source) == "mask"
         value = captured.module.get_submodule(str(source.target))(weight) if masked else weight
-        assert quantizer.observer is not None
-        quantizer.observer.update(quantizer.rows(value))
-        quantizer.settle()
+        observer = observer_of(quantizer)
+        observer.update(quantizer.in_rows(value))
+        quantizer.cover(*observer.range(scheme))
     path = f"{name}_quantizer"
     _put(captured, path, quantizer)
     with captured.graph.inserting_before(node):
@@ -102,10 +100,12 @@ def _place(settings: Quantize, captured: Captured, site: Site, grids: Grids) -> 
     scheme = Scheme(settings.bits, signed=False, symmetric=settings.symmetric)
     ends = {region.end for region in grids.regions}
     readers = _readers(grids)
+    device = next((tensor.device for tensor in captured.module.parameters()), None)
     for source, grid in grids.sources.items():
         if grid not in paths:
             paths[grid] = f"{_where(source)}quantizer"
-            _put(captured, paths[grid], Quantizer(scheme, observer=_observer(settings.observer, 1, captured)))
+            name, arguments_ = _spec(settings.observer)
+            _put(captured, paths[grid], Quantizer(scheme, observer=name, arguments=arguments_, device=device))
         with captured.graph.inserting_after(source):
             call = captured.graph.call_module(paths[grid], (source,))
         call.meta["path"] = path_of(source)
@@ -143,7 +143,7 @@ def _put(captured: Captured, path: str, quantizer: Quantizer) -> None:
     captured.module.get_submodule(owner).add_module(leaf, quantizer)
 
 
-def _breaks(captured: Captured, regions: list[Region], grids: Grids) -> list[str]:
+def _breaks(regions: list[Region], grids: Grids) -> list[str]:
     """One line for each value that floats give to a quantized layer: where integers begin."""
     ends = {region.end for region in regions}
     found: dict[str, list[str]] = {}

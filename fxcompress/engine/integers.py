@@ -1,0 +1,120 @@
+"""Quantized layers when training is over: refused without ranges, lowered to kernels, held against the simulation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, fx
+
+from ..backends.int8 import Lowered, lower
+from ..diagnostics import Diagnostic, PlanError
+from ..graph.calibration import Calibration, inputs_of
+from ..graph.captured import Captured
+from ..graph.interpret import evaluating, values_of
+from ..graph.ops import kind_of, module_of
+from ..passes.shared.calibrating import uncalibrated
+from ..passes.shared.integer import regions_of
+
+TOLERANCE = 0.05  # root mean square of (kernels − simulation) over that of the simulation
+_STEPS = 1.5  # how far integers may lie apart from those of the simulation, in the mean, where it goes wrong
+
+
+def is_quantized(captured: Captured) -> bool:
+    """Whether there are quantizers in the graph."""
+    return any(kind_of(node) == "quantizer" for node in captured.graph.nodes)
+
+
+def require_ranges(captured: Captured) -> None:
+    """Raise PlanError (FXC0572) where quantizers have no range yet."""
+    bare = uncalibrated(captured)
+    if bare:
+        raise PlanError([Diagnostic(
+            "FXC0572", "the model is quantized and not calibrated",
+            notes=(f"without a range: {', '.join(bare[:8])}{f' and {len(bare) - 8} more' if len(bare) > 8 else ''}",),
+            help="show it data, `result.calibrate(batches)`, or give `calibration=` to `compile`")])
+
+
+def to_kernels(captured: Captured, data: Calibration | None) -> list[str]:
+    """Put integer kernels into `captured`, in place, and compare with the simulation, on the first batch of `data` or
+    the example inputs. Returns what to note.
+
+    Raises PlanError: FXC0573 where the results depart from the simulation, with the first layer that does.
+    """
+    inputs = _first(captured, data)
+    simulated = captured.copy()
+    done = lower(captured)
+    captured.refresh()
+    gap = _gap(simulated, captured, inputs)
+    if not gap <= TOLERANCE:
+        raise PlanError([Diagnostic(
+            "FXC0573", f"the integer kernels depart from the simulation by {gap:.1%}",
+            notes=(f"up to {TOLERANCE:.0%} of the result's root mean square are let pass", *_culprit(
+                simulated, captured, done, inputs)),
+            help="leave that layer in float, and report it: the kernels should do what the simulation does")])
+    count = len(done.kernels)
+    notes = [f"{count} layer{'s' * (count != 1)} in integer kernels, within {gap:.2g} of the simulation"]
+    notes += [f"{name} stays in float: {why}" for name, why in done.left.items()]
+    return notes
+
+
+def _first(captured: Captured, data: Calibration | None) -> list[Any]:
+    if data is not None:
+        return inputs_of(captured, next(iter(data.batches)))
+    return inputs_of(captured, tuple(captured.example.args) if not captured.example.kwargs else
+                     {**dict(zip(_names(captured), captured.example.args, strict=False)), **captured.example.kwargs})
+
+
+def _names(captured: Captured) -> list[str]:
+    return [node.name for node in captured.graph.nodes if node.op == "placeholder"]
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value] if value.is_floating_point() else []
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ()
+    return [tensor for item in items for tensor in _tensors(item)]
+
+
+def _gap(simulated: Captured, lowered: Captured, inputs: Sequence[Any]) -> float:
+    """‖kernels − simulation‖ / ‖simulation‖ over all that the model gives."""
+    results = []
+    for captured in (simulated, lowered):
+        with evaluating(captured.module):
+            results.append(_tensors(captured.module(*inputs)))
+    apart = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(*results, strict=True))
+    size = sum(float(a.double().square().sum()) for a in results[0])
+    return math.sqrt(apart / size) if size else math.sqrt(apart)
+
+
+def _culprit(simulated: Captured, lowered: Captured, done: Lowered, inputs: Sequence[Any]) -> list[str]:
+    """The first kernel whose integers, read as floats, lie more than a step apart from the simulation's."""
+    wanted = {str(node.name): name for name, node in done.kernels.items()}
+    promised = _ends(simulated, set(done.kernels))
+    expected: dict[str, Tensor] = {}
+    with evaluating(simulated.module):
+        for node, value in values_of(fx.Interpreter(simulated.module), inputs):
+            if node.name in promised:
+                expected[promised[node.name]] = value.clone()
+    with evaluating(lowered.module):
+        for node, value in values_of(fx.Interpreter(lowered.module), inputs):
+            name = wanted.get(node.name)
+            if name is None or name not in expected:
+                continue
+            gives = module_of(node).after.gives
+            step = gives.scale if gives is not None else float(expected[name].abs().max()) / 255
+            found = (value.float() - gives.zero_point) * gives.scale if gives is not None else value
+            if float((found - expected[name]).abs().mean()) > _STEPS * step:
+                return [f"the first to depart is {name}"]
+    return []
+
+
+def _ends(simulated: Captured, products: set[str]) -> dict[str, str]:
+    """By the name of the node that holds what a kernel gives in the simulation, the name of its product."""
+    found = {}
+    for region in regions_of([node for node in simulated.graph.nodes if node.name in products]):
+        rounding = [user for user in region.end.users if kind_of(user) == "quantizer"]
+        found[(rounding or [region.end])[0].name] = region.product.name
+    return found
+
