@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _FEW = 6
 _SLACK = 1e-9  # 0.3 * 10 is 3, whatever floating point says
-_OF_CHANNELS = ("align", "min_channels", "couple")  # settings that mean nothing for a whole block
+_OF_CHANNELS = ("align", "min_channels", "couple", "compensate")  # settings that mean nothing for a whole block
 _OF_FILTERS = ("lamp", "fpgm")  # criteria that compare the filters of one layer with each other
 
 
@@ -45,8 +45,9 @@ def remove_blocks(settings: Remove, captured: Captured, site: Site) -> Outcome:
     if not leaving:
         if settings.spread is not None:  # a search for a ratio: it tries small ones too
             return Outcome((), tuple(notes))
+        small = f"{_count(selected)} selected, and {settings.share:.0%} of that is less than a half"
         raise _error("FXC0340", f"no block can be removed from {site.selection or 'what is selected'}", site,
-                     [f"{_count(selected)} selected, and {settings.share:.0%} of that is less than a half", *notes],
+                     [small, *notes] if not choice.owed else notes,
                      "ask for a larger `ratio` or `max_ratio`, or select more blocks")
     notes.insert(0, f"{len(leaving)} of {_count(selected)} " + ("leaves" if len(leaving) == 1 else "leave"))
     if captured.concrete and settings.verify != "off":
@@ -88,12 +89,14 @@ def _refuse_settings(settings: Remove, site: Site) -> None:
     """Settings and criteria of channels, said of blocks, are mistakes."""
     defaults = {field.name: field.default for field in fields(settings)}
     for name in _OF_CHANNELS:
-        if getattr(settings, name) != defaults[name]:
+        if getattr(settings, name) != defaults[name] and getattr(settings, name) is not False:
             raise _error("FXC0347", f"`{name}` says nothing of whole blocks", site, [],
                          f"leave `{name}` out; `remove channels` knows it")
-    if settings.by in _OF_FILTERS:
-        raise _error("FXC0347", f"`by = {settings.by}` doesn't rank whole blocks: it compares the filters of one layer "
-                     "with each other", site, [], "rank by `l2`, `taylor`, `activation` or `random`")
+    responses = settings.by != "activation" and criterion_of(settings.by).needs == "response"
+    if settings.by in _OF_FILTERS or responses:
+        why = "sees the values of single channels" if responses else "compares the filters of one layer with each other"
+        raise _error("FXC0347", f"`by = {settings.by}` doesn't rank whole blocks: it {why}", site, [],
+                     "rank by `l2`, `taylor`, `activation` or `random`")
 
 
 def _stay(refused: Sequence[Refusal]) -> list[str]:
@@ -156,11 +159,10 @@ class Choice:
         """How many leave of each group: `ratio` of it, and of all of them together (the largest remainders, Hamilton's
         method), so that five groups of one block lose three at 50 %, not five."""
         ratio, groups = self.settings.share, self._groups()
-        owed = math.floor(ratio * len(self.selected) + 0.5 + _SLACK)
         exact = [ratio * len(members) for members in groups]
         shares = [math.floor(share + _SLACK) for share in exact]
         order = sorted(range(len(groups)), key=lambda place: (shares[place] - exact[place], -len(groups[place]), place))
-        for place in order[: owed - sum(shares)]:
+        for place in order[: self.owed - sum(shares)]:
             shares[place] += 1
         return shares
 
@@ -179,9 +181,13 @@ class Choice:
 
     def shortfall(self, count: int) -> list[str]:
         """A line where fewer left than asked for."""
-        owed = sum(self._shares())
-        return [f"{count} of {_count(self.selected)} removed, {owed} asked: max_ratio = {self.settings.max_ratio:.0%} "
-                "of each stage"] if count < owed else []
+        return [f"{count} of {_count(self.selected)} removed, {self.owed} asked: max_ratio = "
+                f"{self.settings.max_ratio:.0%} of each stage"] if count < self.owed else []
+
+    @property
+    def owed(self) -> int:
+        """How many are asked for."""
+        return math.floor(self.settings.share * len(self.selected) + 0.5 + _SLACK)
 
     def certain(self, leaving: Sequence[Block]) -> frozenset[int]:
         """The numbers of the blocks that leave whatever the weights are: those of groups that leave whole."""
