@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fxcompress.diagnostics import Diagnostic, Label, PlanError
 from fxcompress.graph.captured import Captured
@@ -16,7 +17,7 @@ from fxcompress.graph.provenance import touch
 from fxcompress.graph.residual_blocks import Block, Blocks, Refusal, find_blocks
 from fxcompress.graph.residual_drop import drop_blocks, prove_dropped
 from fxcompress.graph.select import operators
-from fxcompress.graph.site import UNKNOWN_WEIGHTS, Change, Outcome, Site
+from fxcompress.graph.site import UNKNOWN_WEIGHTS, Change, Cuts, Outcome, Site
 from fxcompress.passes.shared.blocks_scores import block_scores, weights_of
 from fxcompress.passes.shared.criteria import criterion_of
 from fxcompress.passes.shared.ranking import NORMALIZERS, Scores
@@ -59,7 +60,7 @@ def remove_blocks(settings: Remove, captured: Captured, site: Site) -> Outcome:
         touch(node, settings, site, f"reads past {_names([block.label for block in leaving])}")
     there = set(captured.module.parameters())
     nothing = ((0, torch.zeros(0, dtype=torch.long)),)
-    gone = {tensor: nothing for tensor in before if tensor not in there and tensor.dim()}
+    gone: dict[Tensor, Cuts] = {tensor: nothing for tensor in before if tensor not in there and tensor.dim()}
     return Outcome(changes, tuple(notes), unknown, resized=gone)
 
 
