@@ -117,12 +117,16 @@ def compile(policy: Policy, model: Spec,
             weights: Weights = None, param: Params = None,
             plan_file: Annotated[Path | None,
                                  typer.Option("--plan", metavar="FILE", help="A saved plan; refused if the "
-                                                           "model or the policy has changed since.")] = None) -> None:
+                                                           "model or the policy has changed since.")] = None,
+            calibration: Annotated[str | None,
+                                   typer.Option(metavar="SPEC", help="Calibration data: FILE.npy, FILE.npz or "
+                                                "FILE.safetensors, package.module:factory or "
+                                                "file.py:factory.")] = None) -> None:
     """Carry a policy out on a model, and write the artifact."""
     params = _params(param)
     from . import commands
 
-    raise typer.Exit(commands.compile(policy, model, weights, params, output, plan_file))
+    raise typer.Exit(commands.compile(policy, model, weights, params, output, plan_file, calibration))
 
 
 @app.command()

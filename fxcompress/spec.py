@@ -85,6 +85,16 @@ def load_spec(spec: str, weights: str | Path | None = None, inputs: Sequence[Inp
     return Loaded(model, _as_inputs(spec, value), spec)
 
 
+def factory_of(spec: str) -> object:
+    """The object that `package.module:name` or `file.py:name` names; calling it, if it is a function, calls the user's
+    own code, whose errors become SpecErrors. Raises SpecError (FXC0710, FXC0713, FXC0714)."""
+    origin, _, name = spec.rpartition(":")
+    if not (origin and name):
+        _fail("FXC0710", f"`{spec}` doesn't say where to find it", help_="write package.module:name or file.py:name")
+    found = _found(spec, origin, name, "a function that makes it")[0]
+    return partial(_run, spec, f"calling {name}()", found) if callable(found) else found
+
+
 def _fail(code: str, message: str, *notes: str, help_: str | None = None, cause: Exception | None = None) -> NoReturn:
     raise SpecError([Diagnostic(code, message, notes=notes, help=help_)]) from cause
 
@@ -98,14 +108,18 @@ def _resolve(spec: str) -> tuple[object, Callable[[], object] | None]:
         return _torchvision(name), lambda: _torchvision_inputs(name)
     if origin == "timm":
         return _timm(name)
+    factory, module = _found(spec, origin, name, "a function that makes the model")
+    example = getattr(factory, "example_inputs", getattr(module, "example_inputs", None))
+    return factory, None if example is None else lambda: example
+
+
+def _found(spec: str, origin: str, name: str, otherwise: str) -> tuple[Any, ModuleType]:
+    """`name` of the module or file `origin`, and that module."""
     module = _from_file(spec, Path(origin)) if origin.endswith(".py") else _from_package(spec, origin)
     if not hasattr(module, name):
         known = [word for word in vars(module) if not word.startswith("_") and callable(getattr(module, word))]
-        _fail("FXC0713", f"{origin} has no `{name}`",
-              help_=_did_you_mean(name, known, "a function that makes the model"))
-    factory = getattr(module, name)
-    example = getattr(factory, "example_inputs", getattr(module, "example_inputs", None))
-    return factory, None if example is None else lambda: example
+        _fail("FXC0713", f"{origin} has no `{name}`", help_=_did_you_mean(name, known, otherwise))
+    return getattr(module, name), module
 
 
 def _did_you_mean(name: str, known: Sequence[str], otherwise: str) -> str:

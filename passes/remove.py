@@ -62,12 +62,13 @@ class Remove(Pass):
                         "zeroed; `float64` computes both in double precision", "on")
     seed: int = param(Integer(low=0), "seed of `by = random`", 0)
     sparsify: str = param(
-        Choice(("none", "group_lasso", "growing")), "train with a penalty over the phase and remove at its end: a group "
-        "lasso on everything that leaves together, or an L2 penalty that grows on what `by` chooses at the beginning",
-        "none")
+        Choice(("none", "group_lasso", "growing")), "train with a penalty over the phase and remove at its end: a "
+        "group lasso on everything that leaves together, or an L2 penalty that grows on what `by` chooses at the "
+        "beginning", "none")
     strength: float | None = param(
-        Number(low=0), "of the penalty, per unit of the learning rate of the optimizer that follows (per step where none "
-        "does): the factor of the group lasso, or what a growing penalty grows by each time; 0.001 without it", None)
+        Number(low=0), "of the penalty, per unit of the learning rate of the optimizer that follows (per step where "
+        "none does): the factor of the group lasso, or what a growing penalty grows by each time; 0.001 without it",
+        None)
     spread: float | None = field(default=None, repr=False)  # of a solved ratio: see `Ranking`; no parameter
     choice: Chosen | None = field(default=None, repr=False, compare=False)  # a ramp's, for now; no parameter
 

@@ -183,7 +183,7 @@ def groups_that_only_leave_whole():
         q, k, v = x.chunk(3, dim=-1)
         return m.fc(((q @ k.transpose(-1, -2)).softmax(-1) @ v).transpose(1, 2).flatten(2)).sum(1)
 
-    return Net(run, a=conv(3, 96), mix=conv(96, 96, 1, groups=6), fc=nn.Linear(64, 5)), picture()
+    return Net(run, a=conv(3, 192), mix=conv(192, 192, 1, groups=12), fc=nn.Linear(128, 5)), picture()
 
 
 @net

@@ -83,6 +83,14 @@ def test_python_only(golden: Callable[[str, str], None], tmp_path: Path) -> None
     golden("examples/python_only.txt", run(sys.executable, EXAMPLES / "python_only/compress.py", cwd=tmp_path))
 
 
+def test_iterative(tmp_path: Path) -> None:
+    output = run(sys.executable, EXAMPLES / "iterative/tune.py", cwd=tmp_path)
+    lines = re.findall(r"epoch +\d+: (\d+) of 32 channels .* accuracy ([\d.]+)%", output)
+    assert [int(width) for width, _ in lines] == [29, 26, 26, 24, 24, 21, 21, 19, 19, 16, 16, 16]
+    assert float(lines[-1][1]) > 90
+    assert "21,642 parameters -> 5,578" in output
+
+
 @pytest.mark.parametrize("policy", sorted(EXAMPLES.rglob("*.fxc")), ids=lambda path: path.parent.name)
 def test_policies_are_checked_and_formatted(policy: Path) -> None:
     run(COMMAND, "check", policy, cwd=policy.parent)
@@ -91,4 +99,4 @@ def test_policies_are_checked_and_formatted(policy: Path) -> None:
 
 def test_no_example_is_left_out() -> None:
     assert {path.name for path in EXAMPLES.iterdir() if path.is_dir() and path.name != "__pycache__"} == {
-        "lenet_mnist", "resnet18", "python_only"}
+        "iterative", "lenet_mnist", "resnet18", "python_only"}

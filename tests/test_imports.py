@@ -32,7 +32,7 @@ LAYERS: dict[str, str] = {
     "fxcompress.engine": "engine",
     "fxcompress.backends": "backends",
     "fxcompress.inspect": "inspect",
-    "fxcompress.spec": "commands", "fxcompress.commands": "commands",
+    "fxcompress.spec": "commands", "fxcompress.spec_data": "commands", "fxcompress.commands": "commands",
     "fxcompress.cli": "cli", "fxcompress.app": "cli", "fxcompress.docs": "cli", "fxcompress.__main__": "cli",
     "fxcompress": "api",
 }

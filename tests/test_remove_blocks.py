@@ -1,4 +1,4 @@
-"""`remove blocks(S)`: which blocks there are, that they leave as if cut out by hand, which ones leave, what is refused."""
+"""`remove blocks(S)`: which there are, that they leave as if cut out by hand, which ones leave, what is refused."""
 
 from __future__ import annotations
 

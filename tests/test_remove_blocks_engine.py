@@ -12,9 +12,12 @@ from torch import Tensor, nn
 import fxcompress
 from fxcompress import FxcError, capture
 from fxcompress import compile as compile_
+from fxcompress.graph.calibration import Calibration
 from fxcompress.graph.captured import Captured
 from fxcompress.graph.residual_blocks import find_blocks
+from fxcompress.graph.site import Site
 from fxcompress.passes import Remove
+from fxcompress.passes.shared.blocks_scores import block_scores
 from fxcompress.plan import read_policy
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -235,12 +238,8 @@ def test_activation_is_the_block_influence() -> None:
     captured = capture(net, (X,))
     removed = Remove(ratio=0.5, by="activation").apply(captured, "*", "blocks", calibration=[X[:1], X[1:]])
     assert labels(captured) - labels(removed) == {f"blocks.{place}" for place in least}
-    from fxcompress.graph.calibration import Calibration
-    from fxcompress.graph.site import Site
-    from fxcompress.passes.shared.blocks_scores import block_scores
-
-    scores = block_scores(Remove(ratio=0.5, by="activation"), captured, Site((), calibration=Calibration.of([X], captured)),
-                          list(find_blocks(captured).blocks))
+    site = Site((), calibration=Calibration.of([X], captured))
+    scores = block_scores(Remove(ratio=0.5, by="activation"), captured, site, list(find_blocks(captured).blocks))
     assert scores.tolist() == pytest.approx(influence, rel=1e-4)
 
 

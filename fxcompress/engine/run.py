@@ -38,7 +38,7 @@ def compile(policy: Policy | str | Path, model: nn.Module | Captured, example_in
       iterable of batches, each like `example_inputs` and without labels, or one large tensor. It is iterated anew
       whenever data are needed; what an iterator gives is kept until the last phase has begun
     * `seed`: of everything that is drawn
-    * `resume`: a checkpoint's `result.state_dict()`, which is taken up as by `result.load_state_dict`, but from the very
+    * `resume`: a checkpoint's `result.state_dict()`, taken up as by `result.load_state_dict`, but from the very
       beginning: what the checkpoint's run removed is removed, whatever the weights here
 
     Gradients that `model`'s parameters hold count as seen, for scores by gradient. Raises PolicyError, CaptureError,

@@ -115,12 +115,13 @@ def _apart(a: Tensor, b: Tensor) -> float:
     floating-point ones are positions and decisions, which rounding may turn: they aren't compared."""
     if not a.is_floating_point() or not a.numel():
         return 0.0
-    finite = a.isfinite()
-    if not bool(finite.all()):
+    largest = float(a.abs().max())
+    if not math.isfinite(largest):
+        finite = a.isfinite()
         if not bool(((a == b) | (a.isnan() & b.isnan()) | finite).all()):
             return float("inf")
         a, b = a[finite], b[finite]
-    largest = float(a.abs().max()) if a.numel() else 0.0
+        largest = float(a.abs().max()) if a.numel() else 0.0
     error = float((a - b).abs().max()) if a.numel() else 0.0
     return float("inf") if math.isnan(error) else error / max(largest, 1e-30)
 

@@ -123,7 +123,7 @@ class _Finder:
     def __post_init__(self) -> None:
         self.nodes = list(self.captured.graph.nodes)
         self.index = {node: place for place, node in enumerate(self.nodes)}
-        inputs = {node for node in self.nodes if node.op == "placeholder"}
+        inputs = frozenset(node for node in self.nodes if node.op == "placeholder")
         self.values = inputs | frozenset(operators(self.captured.graph))
         self.layers = frozenset(node for node in self.values if node.op != "placeholder" and self._is_layer(node))
 
@@ -152,7 +152,8 @@ class _Finder:
         skip, branch = given[first], given[last]
         reached = self._reached(skip, branch)
         if branch not in reached:
-            return self._joined(node, given["input"], given["other"])
+            self._joined(node, given["input"], given["other"])
+            return None
         region = self._cone([branch], reached)
         layers = tuple(other for other in region if other in self.layers)
         if not layers:

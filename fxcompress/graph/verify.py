@@ -73,6 +73,7 @@ class Invariant:
     code: str
     stage: int
     check: Callable[[Captured, Before], Iterator[Violation]]
+    refreshed: bool = False  # whether it held when the facts were computed, if they are those of the graph as it is
 
 
 def signature(node: fx.Node) -> Signature:
@@ -119,8 +120,7 @@ def _targets(captured: Captured, before: Before) -> Iterator[Violation]:
 
 def _lint(captured: Captured, before: Before) -> Iterator[Violation]:
     try:
-        if not captured.is_fresh():  # `refresh` lints
-            captured.module.graph.lint()
+        captured.module.graph.lint()
     except (RuntimeError, ValueError) as error:
         yield Violation("", str(error).strip().splitlines()[0])
 
@@ -155,8 +155,7 @@ def _canonical(captured: Captured, before: Before) -> Iterator[Violation]:
 
 def _runs(captured: Captured, before: Before) -> Iterator[Violation]:
     try:
-        if not captured.is_fresh():
-            captured.refresh()
+        captured.refresh()
     except RewriteError as error:
         for found in error.diagnostics:
             yield Violation("", found.message + "".join(f"; {note}" for note in found.notes))
@@ -239,10 +238,10 @@ def _gradients(captured: Captured, before: Before) -> Iterator[Violation]:
 
 INVARIANTS: tuple[Invariant, ...] = (
     Invariant("targets are in the model", "FXC0551", 0, _targets),
-    Invariant("the graph lints", "FXC0550", 1, _lint),
+    Invariant("the graph lints", "FXC0550", 1, _lint, refreshed=True),
     Invariant("nothing works in place", "FXC0556", 1, _in_place),
     Invariant("operators are canonical", "FXC0557", 1, _canonical),
-    Invariant("it runs on fake tensors", "FXC0552", 2, _runs),
+    Invariant("it runs on fake tensors", "FXC0552", 2, _runs, refreshed=True),
     Invariant("inputs and outputs are kept", "FXC0553", 3, _signature_kept),
     Invariant("state_dict matches the graph", "FXC0554", 3, _state),
     Invariant("masks fit their parameters", "FXC0555", 3, _masks),
@@ -252,10 +251,14 @@ INVARIANTS: tuple[Invariant, ...] = (
 
 
 def violations(captured: Captured, before: Before) -> list[tuple[Invariant, Violation]]:
-    """What doesn't hold of `captured`, whose facts are computed anew on the way; of the first stage where anything
-    doesn't."""
+    """What doesn't hold of `captured`, whose facts are computed anew on the way if the graph has changed since they
+    were; of the first stage where anything doesn't."""
+    fresh = False
     for stage in sorted({invariant.stage for invariant in INVARIANTS}):
-        found = [(invariant, violation) for invariant in INVARIANTS if invariant.stage == stage
+        if stage == 1:  # the targets are there
+            fresh = captured.is_fresh()
+        found = [(invariant, violation) for invariant in INVARIANTS
+                 if invariant.stage == stage and not (fresh and invariant.refreshed)
                  for violation in invariant.check(captured, before)]
         if found:
             return found

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 
 GRID = 1e-4  # shares are whole multiples of this, a hundredth of a percent: what plans show is what is carried out
 SPREADS = tuple(n / 8 for n in range(8))
-_NARROWINGS, _RETRIES = 9, 5  # trials that close in on the limit: with the first spread, with each further one
+_NARROWINGS, _RETRIES = 16, 5  # trials that close in on the limit: with the first spread, with each further one
 _REACH = 0.02  # how far from the best share so far further spreads look
 _LEAPS = 4  # extrapolations, before the whole is tried
+_TINY = 1e-9
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,15 @@ class Point:
         return self.load <= 1.0
 
     @property
-    def width(self) -> float:
-        """The root of the load. Most costs of a network grow with the square of its width, so that this is nearly
-        linear in the share."""
-        return math.sqrt(self.load)
+    def left(self) -> float:
+        """The logarithm of what the share leaves. Costs of a network are near a power of that, most near its square, so
+        that `cost` is nearly linear in it."""
+        return math.log(1.0 - self.share + GRID)
+
+    @property
+    def cost(self) -> float:
+        """The logarithm of the load."""
+        return math.log(min(max(self.load, _TINY), 1 / _TINY))
 
 
 @dataclass
@@ -80,24 +86,26 @@ class Search:
 
     def _bracket(self, low: Point) -> tuple[Point, Point]:
         """A point that isn't within the limits, and a further one that is; or the last two before giving up."""
-        share = 1.0 - 1.0 / low.width
+        share = 1.0 - math.exp(-low.cost / 2)
         for leap in range(_LEAPS):
-            point = self._at(share, low.spread)
+            point = self._at(max(share, low.share + GRID), low.spread)
             if point.met or point.share >= 1.0:
                 return low, point
-            fall = (low.width - point.width) / max(GRID, point.share - low.share)
-            share = point.share + (1 + leap) * ((point.width - 1.0) / fall + GRID) if fall > 0 else 1.0
+            power = (low.cost - point.cost) / (low.left - point.left)
+            share = 1.0 - math.exp(point.left - (1 + leap) * (point.cost / power + GRID)) if power > 0 else 1.0
             low = point
         return low, self._at(1.0, low.spread)
 
     def _narrow(self, low: Point, high: Point, trials: int) -> None:
-        """Close in on the limit between two points: by false position, by halves every third time."""
-        aim = math.sqrt(1.0 - self.tolerance / 2)
+        """Close in on the limit between two points: by false position on logarithms, by halves every third time."""
+        aim = math.log(1.0 - self.tolerance / 2)
         for number in range(trials):
             if self._enough() or high.share - low.share < 1.5 * GRID:
                 return
-            part = (low.width - aim) / (low.width - high.width) if number % 3 < 2 and math.isfinite(low.load) else 0.5
-            share = low.share + part * (high.share - low.share)
+            part = (low.cost - aim) / (low.cost - high.cost)
+            share = 1.0 + GRID - math.exp(low.left + part * (high.left - low.left))
+            if number % 3 == 2 or math.isinf(low.load):
+                share = (low.share + high.share) / 2
             point = self._at(min(max(share, low.share + GRID), high.share - GRID), low.spread)
             low, high = (low, point) if point.met else (point, high)
 

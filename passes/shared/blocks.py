@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fxcompress.diagnostics import Diagnostic, Label, PlanError
 from fxcompress.graph.captured import Captured
@@ -16,7 +17,7 @@ from fxcompress.graph.provenance import touch
 from fxcompress.graph.residual_blocks import Block, Blocks, Refusal, find_blocks
 from fxcompress.graph.residual_drop import drop_blocks, prove_dropped
 from fxcompress.graph.select import operators
-from fxcompress.graph.site import UNKNOWN_WEIGHTS, Change, Outcome, Site
+from fxcompress.graph.site import UNKNOWN_WEIGHTS, Change, Cuts, Outcome, Site
 from fxcompress.passes.shared.blocks_scores import block_scores, weights_of
 from fxcompress.passes.shared.criteria import criterion_of
 from fxcompress.passes.shared.ranking import NORMALIZERS, Scores
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 _FEW = 6
 _SLACK = 1e-9  # 0.3 * 10 is 3, whatever floating point says
-_OF_CHANNELS = ("align", "min_channels", "couple")  # settings that mean nothing for a whole block
+_OF_CHANNELS = ("align", "min_channels", "couple", "compensate")  # settings that mean nothing for a whole block
 _OF_FILTERS = ("lamp", "fpgm")  # criteria that compare the filters of one layer with each other
 
 
@@ -45,8 +46,9 @@ def remove_blocks(settings: Remove, captured: Captured, site: Site) -> Outcome:
     if not leaving:
         if settings.spread is not None:  # a search for a ratio: it tries small ones too
             return Outcome((), tuple(notes))
+        small = f"{_count(selected)} selected, and {settings.share:.0%} of that is less than a half"
         raise _error("FXC0340", f"no block can be removed from {site.selection or 'what is selected'}", site,
-                     [f"{_count(selected)} selected, and {settings.share:.0%} of that is less than a half", *notes],
+                     [small, *notes] if not choice.owed else notes,
                      "ask for a larger `ratio` or `max_ratio`, or select more blocks")
     notes.insert(0, f"{len(leaving)} of {_count(selected)} " + ("leaves" if len(leaving) == 1 else "leave"))
     if captured.concrete and settings.verify != "off":
@@ -58,7 +60,7 @@ def remove_blocks(settings: Remove, captured: Captured, site: Site) -> Outcome:
         touch(node, settings, site, f"reads past {_names([block.label for block in leaving])}")
     there = set(captured.module.parameters())
     nothing = ((0, torch.zeros(0, dtype=torch.long)),)
-    gone = {tensor: nothing for tensor in before if tensor not in there and tensor.dim()}
+    gone: dict[Tensor, Cuts] = {tensor: nothing for tensor in before if tensor not in there and tensor.dim()}
     return Outcome(changes, tuple(notes), unknown, resized=gone)
 
 
@@ -88,12 +90,14 @@ def _refuse_settings(settings: Remove, site: Site) -> None:
     """Settings and criteria of channels, said of blocks, are mistakes."""
     defaults = {field.name: field.default for field in fields(settings)}
     for name in _OF_CHANNELS:
-        if getattr(settings, name) != defaults[name]:
+        if getattr(settings, name) != defaults[name] and getattr(settings, name) is not False:
             raise _error("FXC0347", f"`{name}` says nothing of whole blocks", site, [],
                          f"leave `{name}` out; `remove channels` knows it")
-    if settings.by in _OF_FILTERS:
-        raise _error("FXC0347", f"`by = {settings.by}` doesn't rank whole blocks: it compares the filters of one layer "
-                     "with each other", site, [], "rank by `l2`, `taylor`, `activation` or `random`")
+    responses = settings.by != "activation" and criterion_of(settings.by).needs == "response"
+    if settings.by in _OF_FILTERS or responses:
+        why = "sees the values of single channels" if responses else "compares the filters of one layer with each other"
+        raise _error("FXC0347", f"`by = {settings.by}` doesn't rank whole blocks: it {why}", site, [],
+                     "rank by `l2`, `taylor`, `activation` or `random`")
 
 
 def _stay(refused: Sequence[Refusal]) -> list[str]:
@@ -156,11 +160,10 @@ class Choice:
         """How many leave of each group: `ratio` of it, and of all of them together (the largest remainders, Hamilton's
         method), so that five groups of one block lose three at 50 %, not five."""
         ratio, groups = self.settings.share, self._groups()
-        owed = math.floor(ratio * len(self.selected) + 0.5 + _SLACK)
         exact = [ratio * len(members) for members in groups]
         shares = [math.floor(share + _SLACK) for share in exact]
         order = sorted(range(len(groups)), key=lambda place: (shares[place] - exact[place], -len(groups[place]), place))
-        for place in order[: owed - sum(shares)]:
+        for place in order[: self.owed - sum(shares)]:
             shares[place] += 1
         return shares
 
@@ -179,9 +182,13 @@ class Choice:
 
     def shortfall(self, count: int) -> list[str]:
         """A line where fewer left than asked for."""
-        owed = sum(self._shares())
-        return [f"{count} of {_count(self.selected)} removed, {owed} asked: max_ratio = {self.settings.max_ratio:.0%} "
-                "of each stage"] if count < owed else []
+        return [f"{count} of {_count(self.selected)} removed, {self.owed} asked: max_ratio = "
+                f"{self.settings.max_ratio:.0%} of each stage"] if count < self.owed else []
+
+    @property
+    def owed(self) -> int:
+        """How many are asked for."""
+        return math.floor(self.settings.share * len(self.selected) + 0.5 + _SLACK)
 
     def certain(self, leaving: Sequence[Block]) -> frozenset[int]:
         """The numbers of the blocks that leave whatever the weights are: those of groups that leave whole."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,8 +38,8 @@ GROWS = Duration(10, "steps")  # how often a growing penalty grows where `every`
 
 
 def begin(settings: Remove, captured: Captured, site: Site) -> Outcome:
-    """Set up the removal of `settings`, whose ratio moves or which waits for the end of its phase. On a skeleton, remove
-    what will have left at the end. Raises what `remove` raises of a selection."""
+    """Set up the removal of `settings`, whose ratio moves or which waits for the end of its phase. On a skeleton,
+    remove what will have left at the end. Raises what `remove` raises of a selection."""
     ramp = settings.ratio if isinstance(settings.ratio, Ramp) else Ramp("step", 0.0, settings.ratio)
     if not captured.concrete:
         outcome = remove(settings.at(ramp.end), captured, site)
@@ -71,15 +72,15 @@ def steps_of(ramp: Ramp, every: Duration | None, window: Window | None) -> int |
     length = window.end - window.start
     times = [place * every.count / length for place in range(int(length / every.count + 1e-9) + 1)]
     values = [0.0, *(ramp.at(time) for time in times), ramp.end]
-    return sum(1 for one, other in zip(values, values[1:], strict=False) if other > one + 1e-12)
+    return sum(1 for one, other in pairwise(values) if other > one + 1e-12)
 
 
 @dataclass
 class Original:
     """The channels that a removal in time counts against, and which of them every index of every tensor is.
 
-    `ids` has, for each tensor by each of its names and each of its dimensions, the component that each index was part of
-    at first (-1: of none); it is cut along with the tensors.
+    `ids` has, for each tensor by each of its names and each of its dimensions, the component that each index was part
+    of at first (-1: of none); it is cut along with the tensors.
     """
 
     settings: Remove
@@ -128,7 +129,8 @@ class Original:
             return None
         notes = list(ranking.notes)
         if last:
-            notes += shortfalls(self.settings.at(value), self.found.coupling, self.found.layers, self.found.wanted, doomed)
+            found = self.found
+            notes += shortfalls(self.settings.at(value), found.coupling, found.layers, found.wanted, doomed)
             notes += self._trained_notes(doomed)
         return self.settings.at(value, Choice(leaving, scores, tuple(notes)))
 
@@ -199,8 +201,8 @@ class Original:
         norms = self.regulariser.norms(self._weights(), len(doomed))
         leaves, stays = norms[doomed], norms[self.groups.candidates & ~doomed]
         share = f"{leaves.mean() / stays.mean():.2g}" if len(stays) and stays.mean() > 0 else "none"
-        return [f"{self.steps} steps of {self.settings.sparsify} before: what leaves has {share} times the mean norm of "
-                "what stays"]
+        return [f"{self.steps} steps of {self.settings.sparsify} before: what leaves has {share} times the mean norm "
+                "of what stays"]
 
     def cut(self, resized: Mapping[str, Cuts]) -> None:
         """Follow tensors that were cut."""

@@ -151,23 +151,23 @@ def changes_of(coupling: Coupling, layers: list[Layer], doomed: Mask,
 
 
 def left_of(shrunk: Shrunk, by: str, scores: Scores | None) -> Left:
-    """Which of its indices leave, in the numbering of the captured model, and what they scored against those that stay;
-    of a layer that only reads what left, or norms it, just which."""
+    """Which of its indices leave, in the numbering of the captured model, and what they scored (see `rounded`) against
+    those that stay; of a layer that only reads what left, or norms it, just which."""
     change, components, gone = shrunk.change, shrunk.components, shrunk.gone
     earlier = sum(len(left.indices) for left in removed(shrunk.node, change.what))
     numbers = survivors(shrunk.node, change.what, len(components))[gone] if earlier else gone
     given: tuple[float, ...] = ()
     least = None
     if scores is not None and change.why not in _FOLLOWING:
-        given = tuple(_shown(scores[components[gone]]).tolist())
+        given = tuple(scores[components[gone]].tolist())
         stays = np.delete(components, gone)
         kept = scores[stays[stays >= 0]]
         kept = kept[np.isfinite(kept)]
-        least = float(_shown(kept.min(keepdims=True))[0]) if len(kept) else None
+        least = float(kept.min()) if len(kept) else None
     return Left(change.what, len(components) + earlier, tuple(numbers.tolist()), change.why, by, given, least)
 
 
-def _shown(scores: Scores) -> Scores:
+def rounded(scores: Scores) -> Scores:
     """Scores to six digits, which is what a person may want to see."""
     with np.errstate(divide="ignore"):
         digits = 5 - np.floor(np.log10(np.abs(scores)))

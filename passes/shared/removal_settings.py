@@ -20,8 +20,9 @@ def removal_problems(settings: Remove) -> list[Diagnostic]:
     ramp = isinstance(ratio, Ramp)
     if isinstance(ratio, Ramp) and ratio.end < ratio.start:
         found.append(Diagnostic(
-            "FXC0507", f"the ratio falls from {100 * ratio.start:.4g}% to {100 * ratio.end:.4g}%, but channels that have "
-            "left don't come back", help="let the ramp rise, as in `linear(10% -> 50%)`; only `mask` can give back"))
+            "FXC0507", f"the ratio falls from {100 * ratio.start:.4g}% to {100 * ratio.end:.4g}%, but channels that "
+            "have left don't come back",
+            help="let the ramp rise, as in `linear(10% -> 50%)`; only `mask` can give back"))
     if ramp and settings.sparsify != "none":
         found.append(Diagnostic(
             "FXC0507", f"`sparsify = {settings.sparsify}` removes at the end of its phase, a ramp removes along it",

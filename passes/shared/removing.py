@@ -24,7 +24,15 @@ from fxcompress.passes.shared.choice import Choice, repeated
 from fxcompress.passes.shared.folding import Fold
 from fxcompress.passes.shared.layers import Groups, Layer, layers_of, mask_of, owners_of
 from fxcompress.passes.shared.ranking import Ranking, Scores
-from fxcompress.passes.shared.removal_report import blocked, changes_of, coupled_reasons, left_of, place_of, shortfalls
+from fxcompress.passes.shared.removal_report import (
+    blocked,
+    changes_of,
+    coupled_reasons,
+    left_of,
+    place_of,
+    rounded,
+    shortfalls,
+)
 from fxcompress.passes.shared.removal_scores import scores_of
 from fxcompress.passes.shared.residual import stream
 from fxcompress.passes.shared.responses import Measured, measured_for
@@ -240,7 +248,8 @@ def _carried_out(settings: Remove, captured: Captured, coupling: Coupling, layer
     kinds = {node: kind_of(node) for node in coupling.flow.nodes}
     before = {node.name: (signature(node), len(origins_of(node))) for node in coupling.flow.nodes}
     changes = changes_of(coupling, layers, doomed, kinds)
-    which = [left_of(shrunk, settings.by, scores) if captured.concrete else None for shrunk in changes]
+    digits = None if scores is None else rounded(scores)
+    which = [left_of(shrunk, settings.by, digits) if captured.concrete else None for shrunk in changes]
     fold = Fold(coupling, doomed[coupling.component], measured if settings.compensates(site) else None).gather()
     removal: Removal = apply_removal(coupling, doomed)
     mark, now = Marker(settings, site), {node.name: node for node in captured.module.graph.nodes}

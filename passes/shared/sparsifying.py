@@ -92,8 +92,8 @@ class _Groups:
         for part in weights:
             if rate(part.parameter) <= 0:
                 continue
-            for dim, inside, ids in part.along(chosen):
-                ids = ids.to(device)
+            for dim, inside, here in part.along(chosen):
+                ids = here.to(device)
                 found.square.index_add_(0, ids, part.energies(dim)[inside].to(device))
                 each = part.parameter.numel() / len(inside)
                 found.size.index_add_(0, ids, torch.full((len(ids),), each, dtype=torch.float64, device=device))
@@ -104,11 +104,11 @@ class _Groups:
 
 @dataclass(frozen=True)
 class GroupLasso(_Penalty):
-    """λ Σ √p_g ‖w_g‖₂ over the components g, w_g all p_g weights that leave with one: Yuan and Lin, "Model Selection and
-    Estimation in Regression with Grouped Variables", 2006, on the groups of Fang et al., "DepGraph", 2023.
+    """λ Σ √p_g ‖w_g‖₂ over the components g, w_g all p_g weights that leave with one: Yuan and Lin, "Model Selection
+    and Estimation in Regression with Grouped Variables", 2006, on the groups of Fang et al., "DepGraph", 2023.
 
     One step is its proximal map, w_g ← max(0, 1 − η λ √p_g / ‖w_g‖₂) w_g (Parikh and Boyd, "Proximal Algorithms",
-    2014, section 6.5.4), so that groups become zero and not just small. Where a weight belongs to two groups (the rows
+    2014, section 6.5), so that groups become zero and not just small. Where a weight belongs to two groups (the rows
     are one layer's, the columns the next one's) it is multiplied by both factors: the maps one after another.
     """
 
@@ -126,8 +126,8 @@ class GroupLasso(_Penalty):
 
 @dataclass(frozen=True)
 class Growing(_Penalty):
-    """λ/2 Σ ‖w_g‖₂² over the components g that will leave, λ growing by `strength` at each time of `every`: Wang et al.,
-    "Neural Pruning via Growing Regularization", 2021 (GReg-1, with the criterion of `by`). One step is
+    """λ/2 Σ ‖w_g‖₂² over the components g that will leave, λ growing by `strength` at each time of `every`: Wang et
+    al., "Neural Pruning via Growing Regularization", 2021 (GReg-1, with the criterion of `by`). One step is
     w_g ← max(0, 1 − η λ) w_g."""
 
     chooses: ClassVar[bool] = True
