@@ -161,7 +161,7 @@ class _Lowering:
         users = [str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")]
         for node in self.done.kernels.values():
             path = str(node.target).removesuffix(".integer")
-            if not any(target == path or target.startswith(f"{path}.") and target != node.target for target in users):
+            if not any(target == path or (target.startswith(f"{path}.") and target != node.target) for target in users):
                 owner, _, leaf = path.rpartition(".")
                 setattr(root.get_submodule(owner), leaf, module_of(node))
                 node.target = path

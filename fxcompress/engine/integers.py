@@ -14,6 +14,7 @@ from ..graph.calibration import Calibration, inputs_of
 from ..graph.captured import Captured
 from ..graph.interpret import evaluating, values_of
 from ..graph.ops import kind_of, module_of
+from ..nn import IntConv2d, IntLinear
 from ..passes.shared.calibrating import uncalibrated
 from ..passes.shared.integer import regions_of
 
@@ -102,7 +103,9 @@ def _culprit(simulated: Captured, lowered: Captured, done: Lowered, inputs: Sequ
             name = wanted.get(node.name)
             if name is None or name not in expected:
                 continue
-            gives = module_of(node).after.gives
+            module = module_of(node)
+            assert isinstance(module, IntConv2d | IntLinear)
+            gives = module.after.gives
             step = gives.scale if gives is not None else float(expected[name].abs().max()) / 255
             found = (value.float() - gives.zero_point) * gives.scale if gives is not None else value
             if float((found - expected[name]).abs().mean()) > _STEPS * step:

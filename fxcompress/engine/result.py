@@ -23,8 +23,8 @@ from .clock import Clock
 from .execute import Executor
 from .finish import device_for, finish, take_masks_off
 from .follow import Followers
-from .log import Entry, follows, other_graph
 from .integers import is_quantized
+from .log import Entry, follows, other_graph
 from .measure import Baseline
 from .report import report, table
 from .rewind import INITIAL, Snapshots, rewind_times
@@ -103,9 +103,12 @@ class Result:
         self._training.tick()
 
     def calibrate(self, batches: object) -> None:
-        """Give every quantizer its range from `batches`, as `calibration` of `compile` does; what was there is found
-        anew. Raises PlanError: FXC0570 for batches that don't fit, FXC0571 where a layer gives no finite number, FXC0574
-        where nothing is quantized."""
+        """Give every quantizer its range from `batches`, as `calibration` of `compile` does; ranges that are there are
+        found anew.
+
+        Raises PlanError: FXC0570 for batches that don't fit, FXC0571 where a layer gives no finite number, FXC0574
+        where nothing is quantized.
+        """
         data = Calibration.of(batches, self.captured)
         if not is_quantized(self.captured):
             raise PlanError([Diagnostic("FXC0574", "there is nothing to calibrate: no layer is quantized now",

@@ -19,8 +19,8 @@ def macs_of(kind: str, node: fx.Node, value: Any, value_of: Values) -> int:
     if kind in _RECURRENT and node.op == "call_module":
         return _recurrent(node, value_of)
     if kind in _INTEGER:
-        weight = module_of(node).weight
-        return int(value.numel() * (weight.numel() // weight.shape[0]))
+        weight = module_of(node).get_buffer("weight")
+        return int(value.numel()) * (weight.numel() // weight.shape[0])
     counter = _COUNTERS.get(kind)
     if counter is None:
         return 0

@@ -23,12 +23,12 @@ class Scheme:
     @property
     def low(self) -> int:
         """The lowest integer."""
-        return -(2 ** (self.bits - 1)) + self.narrow if self.signed else 0
+        return self.narrow - (1 << self.bits - 1) if self.signed else 0
 
     @property
     def high(self) -> int:
         """The highest integer."""
-        return 2 ** (self.bits - 1) - 1 if self.signed else 2 ** self.bits - 1
+        return (1 << self.bits - self.signed) - 1
 
     @property
     def steps(self) -> int:
@@ -41,7 +41,7 @@ class Scheme:
         low, high = low.to(torch.float32).clamp(max=0), high.to(torch.float32).clamp(min=0)
         if self.symmetric:
             scale = (torch.maximum(-low, high) * 2 / self.steps).clamp(min=_TINY)
-            middle = 0 if self.signed else 2 ** (self.bits - 1)
+            middle = 0 if self.signed else 1 << self.bits - 1
             return scale, torch.full_like(scale, middle, dtype=torch.int64)
         scale = ((high - low) / self.steps).clamp(min=_TINY)
         return scale, (self.low - (low / scale).round()).clamp(self.low, self.high).to(torch.int64)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from fxcompress.graph.captured import Captured
-from fxcompress.graph.ops import arguments, kind_of, module_of, path_of
+from fxcompress.graph.ops import arguments, kind_of, module_of, op_of, path_of
 from fxcompress.passes.shared.masking import parameter_of
 from fxcompress.passes.shared.weights import expose, unexposable
 
@@ -57,11 +58,12 @@ def _calls(captured: Captured, target: str) -> list[fx.Node]:
 def _reads(captured: Captured, tensor: Tensor) -> int:
     """How many modules and nodes hold or read the very tensor."""
     names = {name for name, found in captured.module.named_parameters(remove_duplicate=False) if found is tensor}
-    return max(len(names), sum(node.op == "get_attr" and node.target in names for node in captured.graph.nodes))
+    return max(len(names), len([node for node in captured.graph.nodes
+                                if node.op == "get_attr" and node.target in names]))
 
 
 def _fold(captured: Captured, node: fx.Node, norm: fx.Node) -> None:
-    module = module_of(norm)
+    module: Any = module_of(norm)
     expose(captured, node)
     name = parameter_of(node, "weight")
     assert name is not None
@@ -96,8 +98,6 @@ def _bias(captured: Captured, node: fx.Node, weight: Tensor) -> Tensor:
 
 
 def _give(node: fx.Node, **values: object) -> None:
-    from fxcompress.graph.ops import op_of
-
     op = op_of(node)
     assert op is not None
     node.args, node.kwargs = op.normal({**arguments(node), **values})

@@ -11,6 +11,7 @@ from fxcompress.graph.captured import Captured
 from fxcompress.graph.ops import kind_of, path_of
 from fxcompress.graph.provenance import origins_of, touch
 from fxcompress.graph.site import Change, Outcome, Site
+from fxcompress.nn.integer import saturates
 from fxcompress.nn.quantizer import Quantizer
 from fxcompress.nn.scheme import Scheme
 from fxcompress.passes.shared.calibrating import calibrate, observer_of
@@ -19,6 +20,8 @@ from fxcompress.passes.shared.integer import Grids, Region, regions_of, role_of
 from fxcompress.passes.shared.masking import parameter_of
 from fxcompress.passes.shared.weights import expose, unexposable
 from fxcompress.policy.values import Call
+
+_SAFE_BITS = 7  # of activations, where two products of bytes don't fit 16 bits
 
 if TYPE_CHECKING:
     from fxcompress.passes.quantize import Quantize
@@ -43,6 +46,8 @@ def quantize(settings: Quantize, captured: Captured, site: Site) -> Outcome:
     for node in captured.graph.nodes:
         if node not in there and not origins_of(node):
             touch(node, settings, site, "made for a quantizer", was=(user.name for user in node.users))
+    if settings.bits is None and saturates():
+        notes.append(f"values in {_SAFE_BITS} bits: this CPU has no VNNI instructions, its products of bytes saturate")
     unknown: tuple[str, ...] = ("the ranges of what layers read and give",)
     if captured.concrete and site.calibration is not None:
         calibrate(captured, site.calibration)
@@ -60,6 +65,10 @@ def _can(node: fx.Node, notes: list[str]) -> bool:
     if why is not None:
         notes.append(f"{path_of(node)} stays in float: {why}")
     return why is None
+
+
+def _bits(settings: Quantize) -> int:
+    return settings.bits if settings.bits is not None else _SAFE_BITS if saturates() else 8
 
 
 def _spec(spec: str | Call) -> tuple[str, tuple[float, ...]]:
@@ -97,7 +106,7 @@ def _weight(settings: Quantize, captured: Captured, site: Site, node: fx.Node) -
 def _place(settings: Quantize, captured: Captured, site: Site, grids: Grids) -> None:
     """One quantizer for each grid, called behind each of its sources."""
     paths: dict[int, str] = {}
-    scheme = Scheme(settings.bits, signed=False, symmetric=settings.symmetric)
+    scheme = Scheme(_bits(settings), signed=False, symmetric=settings.symmetric)
     ends = {region.end for region in grids.regions}
     readers = _readers(grids)
     device = next((tensor.device for tensor in captured.module.parameters()), None)
@@ -112,7 +121,7 @@ def _place(settings: Quantize, captured: Captured, site: Site, grids: Grids) -> 
         for user in list(source.users):
             if user is not call and (source in ends or user in readers):
                 user.replace_input_with(source, call)
-        touch(call, settings, site, f"rounds to {settings.bits} bits", was=(source.name,))
+        touch(call, settings, site, f"rounds to {_bits(settings)} bits", was=(source.name,))
 
 
 def _readers(grids: Grids) -> set[fx.Node]:

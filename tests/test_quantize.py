@@ -1,0 +1,332 @@
+"""`quantize`: against torch's fusion, exact integer arithmetic, and a model that was trained."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+import fxcompress
+from fxcompress.diagnostics import PlanError
+from fxcompress.engine import integers
+from fxcompress.graph.ops import kind_of, module_of
+from fxcompress.nn import IntConv2d, IntLinear, Quantizer
+from fxcompress.nn.integer import After, Grid, saturates
+from fxcompress.nn.scheme import Scheme
+from fxcompress.passes import Quantize
+from fxcompress.passes.shared.fold_norms import fold
+
+POLICY = 'use "std/quant.fxc" { int8 }\npolicy small { quantize conv2d | linear as int8 { } }'
+TOP = 127 if saturates() else 255
+
+
+def settled(model: nn.Module, *shape: int) -> nn.Module:
+    """The model in evaluation mode, its norms with the statistics of some data."""
+    torch.manual_seed(0)
+    model.train()
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.randn(8, *shape))
+    return model.eval()
+
+
+def noise(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def apart(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).detach().norm() / expected.detach().norm())
+
+
+def deployed(model: nn.Module, x: Tensor, policy: str = POLICY) -> tuple[fxcompress.Result, Any]:
+    result = fxcompress.compile(policy, model, x, calibration=[x])
+    return result, result.finalize(target="cpu")
+
+
+def kinds(module: Any) -> list[str]:
+    return [kind_of(node) for node in module.graph.nodes]
+
+
+# Folding
+
+
+def test_folding_is_that_of_torch() -> None:
+    model = settled(nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1),
+                                  nn.BatchNorm2d(4)), 3, 9, 9)
+    captured = fxcompress.capture(model, noise(2, 3, 9, 9))
+    folded = fold(captured, [node for node in captured.graph.nodes if kind_of(node) == "conv2d"])
+    captured.refresh()
+    assert [path for _, path in folded] == ["1", "4"] and "batchnorm2d" not in kinds(captured.module)
+    for conv, norm in ((0, 1), (3, 4)):
+        expected = fuse_conv_bn_eval(model[conv], model[norm])  # type: ignore[index]
+        assert torch.allclose(captured.module.get_parameter(f"{conv}.weight"), expected.weight, atol=1e-6)
+        assert torch.allclose(captured.module.get_parameter(f"{conv}.bias"), expected.bias, atol=1e-6)
+    x = noise(2, 3, 9, 9, seed=5)
+    assert torch.allclose(captured.module(x), model(x), atol=1e-5)
+
+
+class Shared(nn.Module):
+    """One convolution, two norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.one, self.two = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.one(self.conv(x)) + self.two(self.conv(x + 1))
+
+
+def test_what_is_shared_is_not_folded() -> None:
+    model = settled(Shared(), 3, 5, 5)
+    captured = fxcompress.capture(model, noise(2, 3, 5, 5))
+    assert not fold(captured, [node for node in captured.graph.nodes if kind_of(node) == "conv2d"])
+
+
+# Kernels
+
+
+ACTIVATIONS: dict[str, tuple[tuple[float, ...], Callable[[Tensor], Tensor]]] = {
+    "none": ((), lambda x: x), "relu": ((), F.relu), "hardtanh": ((0.0, 6.0), F.relu6), "hardswish": ((), F.hardswish),
+    "swish": ((), F.silu),
+}
+
+
+def exact(total: Tensor, after: After, other: Tensor | None, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    if other is not None and after.adds is not None:
+        total = total + (other.double() - after.adds.zero_point) * after.adds.scale
+    total = activation(total)
+    if after.gives is None:
+        return total
+    return ((total / after.gives.scale).round() + after.gives.zero_point).clamp(after.gives.low, after.gives.high)
+
+
+def check(found: Tensor, expected: Tensor, after: After) -> None:
+    """Equal to rounding: a float32 sum may lie on the other side of a half in one of ten thousand."""
+    if after.gives is None:
+        assert found.dtype == torch.float32 and apart(found.double(), expected) < 1e-6
+        return
+    off = (found.double() - expected).abs()
+    assert found.dtype == torch.uint8 and float(off.max()) <= 1 and float((off > 0).double().mean()) < 1e-3
+
+
+@pytest.mark.parametrize("extreme", [False, True])
+@pytest.mark.parametrize("gives", [None, Grid(0.37, 11), Grid(0.9, 60, 0, 127)])
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+@pytest.mark.parametrize(("groups", "stride", "size"), [(1, 1, 3), (8, 2, 3), (2, 1, 1)])
+def test_convolutions_in_exact_arithmetic(groups: int, stride: int, size: int, activation: str, gives: Grid | None,
+                                          extreme: bool) -> None:
+    torch.manual_seed(2)
+    q = torch.randint(0, TOP + 1, (2, 8, 11, 11), dtype=torch.uint8)
+    weight = torch.randint(-127, 128, (16, 8 // groups, size, size), dtype=torch.int8)
+    if extreme:
+        q, weight = torch.full_like(q, TOP), torch.full_like(weight, 127)
+    scale, bias, reads = torch.rand(16) * 0.02 + 1e-3, torch.randn(16), Grid(0.05, 7)
+    numbers, function = ACTIVATIONS[activation]
+    after = After(gives, activation=activation, numbers=numbers)
+    layer = IntConv2d(weight.shape, True, reads, after, (stride, stride), (1, 1), (1, 1), groups)
+    layer.fill(weight, scale, bias)
+    total = F.conv2d(q.double() - 7, weight.double(), None, stride, 1, 1, groups)
+    total = total * (0.05 * scale.double())[:, None, None] + bias.double()[:, None, None]
+    check(layer(q.to(memory_format=torch.channels_last)), exact(total, after, None, function), after)
+
+
+@pytest.mark.parametrize("gives", [None, Grid(0.37, 11), Grid(0.9, 60, 0, 127)])
+@pytest.mark.parametrize("activation", ["none", "relu"])
+@pytest.mark.parametrize("copies", [True, False])
+def test_additions_in_exact_arithmetic(activation: str, gives: Grid | None, copies: bool) -> None:
+    torch.manual_seed(3)
+    q = torch.randint(0, TOP + 1, (2, 8, 9, 9), dtype=torch.uint8).to(memory_format=torch.channels_last)
+    weight = torch.randint(-127, 128, (8, 8, 3, 3), dtype=torch.int8)
+    other: Tensor = torch.randint(0, 256, (2, 8, 9, 9), dtype=torch.uint8)
+    adds = Grid(0.21, 99)
+    if gives is None:
+        other, adds = torch.randn(2, 8, 9, 9), Grid(1.0, 0)
+    other = other.to(memory_format=torch.channels_last)
+    _, function = ACTIVATIONS[activation]
+    after = After(gives, adds, copies, activation)
+    layer = IntConv2d(weight.shape, False, Grid(0.05, 7), after, (1, 1), (1, 1), (1, 1), 1)
+    layer.fill(weight, torch.full((8,), 0.01), None)
+    total = F.conv2d(q.double() - 7, weight.double(), None, 1, 1) * 0.05 * float(torch.tensor(0.01))
+    was = other.clone()
+    check(layer(q, other), exact(total, after, was, function), after)
+    assert not copies or torch.equal(other, was)
+
+
+@pytest.mark.parametrize("rows", [(5,), (2, 3)])
+@pytest.mark.parametrize("gives", [None, Grid(0.4, 11), Grid(0.9, 60, 0, 127)])
+@pytest.mark.parametrize("activation", ["none", "relu"])
+def test_linear_layers_in_exact_arithmetic(rows: tuple[int, ...], gives: Grid | None, activation: str) -> None:
+    torch.manual_seed(4)
+    q = torch.randint(0, TOP + 1, (*rows, 24), dtype=torch.uint8)
+    weight = torch.randint(-127, 128, (10, 24), dtype=torch.int8)
+    scale, bias = torch.rand(10) * 0.02 + 1e-3, torch.randn(10)
+    after = After(gives, activation=activation)
+    layer = IntLinear(weight.shape, True, Grid(0.05, 7), after)
+    layer.fill(weight, scale, bias)
+    total = F.linear(q.double() - 7, weight.double()) * (0.05 * scale.double()) + bias.double()
+    check(layer(q), exact(total, after, None, ACTIVATIONS[activation][1]), after)
+
+
+# Where integers go
+
+
+@pytest.mark.parametrize(("name", "layers", "changes"), [
+    ("resnet18", 21, 2), ("mobilenet_v2", 53, 2), ("vgg11", 11, 2), ("squeezenet1_1", 26, 1)])
+def test_integers_are_not_left_between_layers(name: str, layers: int, changes: int) -> None:
+    """Every layer is in integers; floats become integers at the input, and behind an average pooling alone."""
+    model = settled(torchvision.models.get_model(name, num_classes=10), 3, 64, 64)
+    x = noise(2, 3, 64, 64)
+    result, small = deployed(model, x)
+    found = kinds(small)
+    assert found.count("int_conv2d") + found.count("int_linear") == layers
+    assert found.count("to_integer") == changes and not {"conv2d", "linear", "batchnorm2d", "quantizer"} & set(found)
+    assert apart(small(x), result.module.eval()(x)) < 0.05
+    assert apart(small(x), model(x)) < 0.12
+    assert any("in integer kernels" in note for note in result.notes)
+
+
+class Branches(nn.Module):
+    """Concatenation, pooling, chunks, and a residual whose other side is read again later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.left, self.right = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, padding=1)
+        self.last, self.head = nn.Conv2d(16, 8, 1), nn.Linear(8 * 16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        y = F.relu(self.left(x) + x)
+        z = torch.cat([x, F.max_pool2d(F.relu(self.right(y)), 3, 1, 1)], 1)
+        a, b = self.last(z).chunk(2, 1)
+        return self.head(torch.cat([a, b], 1).flatten(1))
+
+
+def test_branches_share_grids() -> None:
+    torch.manual_seed(0)
+    model, x = Branches().eval(), noise(4, 3, 4, 4)
+    result, small = deployed(model, x)
+    found = kinds(small)
+    assert found.count("to_integer") == 1 and "to_float" not in found
+    added = next(module for module in small.modules() if isinstance(module, IntConv2d) and module.after.adds)
+    assert added.after.copies  # `x` is read again by the concatenation
+    assert apart(small(x), result.module.eval()(x)) < 0.03
+    grids = {module_of(node) for node in result.captured.graph.nodes if kind_of(node) == "quantizer"
+             and module_of(node).axis is None}
+    assert len(grids) == 4  # the input; x with what is pooled; y; what the head reads
+
+
+def test_a_selection_leaves_the_rest_in_float() -> None:
+    torch.manual_seed(0)
+    model, x = Branches().eval(), noise(4, 3, 4, 4)
+    result, small = deployed(model, x, "policy some { quantize linear }")
+    found = kinds(small)
+    assert (found.count("int_linear"), found.count("conv2d"), found.count("to_integer")) == (1, 4, 1)
+    assert apart(small(x), result.module.eval()(x)) < 1e-5
+
+
+# What it is worth
+
+
+def test_accuracy_on_digits(tmp_path: Path) -> None:
+    """A small network trained on real digits keeps its accuracy in integers; saved, copied and loaded it gives the very
+    same."""
+    from sklearn.datasets import load_digits
+
+    torch.manual_seed(0)
+    images, labels = load_digits(return_X_y=True)
+    x, y = torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16, torch.tensor(labels)
+    model = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2),
+                          nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10))
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(6):
+        for part in torch.randperm(1200).split(64):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x[part]), y[part]).backward()
+            optimizer.step()
+    model.eval()
+    result = fxcompress.compile(POLICY, model, x[:64], calibration=list(x[:256].split(64)))
+    small = result.finalize(target="cpu")
+
+    def accuracy(module: nn.Module) -> float:
+        with torch.no_grad():
+            return float((module(x[1200:]).argmax(1) == y[1200:]).double().mean())
+
+    assert accuracy(model) > 0.9 and accuracy(small) >= accuracy(model) - 0.005
+    fxcompress.save(small, tmp_path / "small")
+    for other in (fxcompress.load(tmp_path / "small"), copy.deepcopy(small)):
+        assert torch.equal(other(x[1200:]), small(x[1200:]))
+    dense, bytes_ = (sum(t.numel() * t.element_size() for t in module.state_dict().values())
+                     for module in (model, small))
+    assert bytes_ < 0.3 * dense
+
+
+def test_later_calibration_and_other_observers() -> None:
+    model, x = settled(torchvision.models.resnet18(num_classes=10), 3, 32, 32), noise(4, 3, 32, 32)
+    result = fxcompress.compile("policy p { quantize conv2d { observer = percentile(99.99%), weight_observer = mse, "
+                                "granularity = per_tensor, symmetric = true } }", model, x)
+    with pytest.raises(PlanError) as error:
+        result.finalize(target="cpu")
+    (found,) = error.value.diagnostics
+    assert found.code == "FXC0572" and "x_quantizer" in str(found.notes)
+    result.calibrate([x])
+    assert apart(result.finalize(target="cpu")(x), model(x)) < 0.3
+
+
+def test_masked_and_thinned_models() -> None:
+    """Zeros stay zeros, and what was removed stays away."""
+    model, x = settled(torchvision.models.resnet18(num_classes=10), 3, 32, 32), noise(4, 3, 32, 32)
+    result, small = deployed(model, x, "policy p {\n remove channels(conv2d) { ratio = 25% }\n mask conv2d { sparsity = "
+                                       "50% }\n quantize conv2d | linear\n}")
+    assert apart(small(x), result.module.eval()(x)) < 0.05
+    layer = small.get_submodule("layer1.0.conv1")
+    assert isinstance(layer, IntConv2d) and layer.weight.shape[0] == 48
+    assert float((layer.weight == 0).double().mean()) >= 0.5
+
+
+def test_gradients_pass_through() -> None:
+    """The straight-through estimate: 1 inside of the range, 0 outside."""
+    quantizer = Quantizer(Scheme(4, signed=False, symmetric=False))
+    quantizer.cover(torch.tensor([-1.0]), torch.tensor([2.0]))
+    x = torch.tensor([-3.0, -0.5, 0.0, 1.5, 4.0], requires_grad=True)
+    quantizer(x).sum().backward()
+    assert x.grad is not None and x.grad.tolist() == [0.0, 1.0, 1.0, 1.0, 0.0]
+
+
+# Refusals
+
+
+def test_a_kernel_that_departs_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = settled(torchvision.models.resnet18(num_classes=10), 3, 32, 32), noise(4, 3, 32, 32)
+    fill = IntConv2d.fill
+
+    def wrong(self: IntConv2d, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        fill(self, weight, scale * (3 if weight.shape[:2] == (128, 128) else 1), bias)
+
+    monkeypatch.setattr(IntConv2d, "fill", wrong)
+    result = fxcompress.compile(POLICY, model, x, calibration=[x])
+    with pytest.raises(PlanError) as error:
+        result.finalize(target="cpu")
+    (found,) = error.value.diagnostics
+    assert found.code == "FXC0573" and "layer2_0_conv2" in str(found.notes)
+    assert integers.TOLERANCE < 1
+
+
+def test_refusals() -> None:
+    x = noise(4, 3, 4, 4)
+    model = Branches().eval()
+    result = fxcompress.compile("policy p { mask conv2d { sparsity = 50% } }", model, x)
+    with pytest.raises(PlanError, match="FXC0574"):
+        result.calibrate([x])
+    with pytest.raises(PlanError, match="FXC0571"):
+        fxcompress.compile(POLICY, model, x, calibration=[x * float("nan")])
+    twice = Quantize().apply(fxcompress.capture(model, x), "linear")
+    with pytest.raises(PlanError, match="FXC0370"):
+        Quantize().apply(twice, "linear")
