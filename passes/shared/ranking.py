@@ -91,8 +91,8 @@ class Ranking:
         (share that leaves - ratio): coordinate descent, which small groups of many channels need."""
         parts: dict[int, list[tuple[int, float]]] = {group: [] for group in cluster}
         for number in layers:
-            for group, each in self.groups.shares[number].items():
-                parts[group].append((number, each / len(self.groups.layers[number].components)))
+            for group, count in self.groups.shares[number].items():
+                parts[group].append((number, count / len(self.groups.layers[number].components)))
         missing = dict.fromkeys(layers, -ratio)
         for number in layers:  # what can't leave isn't owed
             share = self.groups.shares[number]
