@@ -91,7 +91,7 @@ class Remove(Pass):
     @property
     def share(self) -> float:
         """The ratio, of a pass whose ratio is given and doesn't move."""
-        assert isinstance(self.ratio, float), "what moves is carried out as `at` a time, what is left out is solved first"
+        assert isinstance(self.ratio, float), "what moves is carried out `at` a time, what is left out is solved first"
         return self.ratio
 
     @property

@@ -63,8 +63,8 @@ def is_close(reached: float, limit: float, tolerance: float = 0.01) -> bool:
     return (1 - tolerance) * limit <= reached <= limit
 
 
-@pytest.mark.parametrize("align", [1, 8])
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+@pytest.mark.parametrize(("name", "align"), [
+    ("resnet18", 1), ("resnet18", 8), ("mobilenet_v2", 8), pytest.param("mobilenet_v2", 1, marks=pytest.mark.slow)])
 def test_macs_are_met_within_a_percent_as_torch_counts_them(name: str, align: int) -> None:
     text = policy(f"remove channels(conv2d) {{ align = {align}, verify = off }}", "macs <= 50% of dense")
     model = model_of(name)
@@ -237,11 +237,11 @@ def test_weights_that_training_changed_are_solved_for_anew() -> None:
 
 def test_the_plan_is_data_that_compile_follows() -> None:
     text = policy("remove channels(conv2d) { align = 8, verify = off }", "macs <= 60% of dense")
-    made = fxcompress.plan(text, meta("mobilenet_v2"))
+    made = fxcompress.plan(text, meta("resnet18"))
     assert Plan.from_json(made.to_json()) == made
     solved = json.loads(made.to_json())["steps"][0]["solved"]
     assert solved["name"] == "ratio" and 0 < solved["share"] < 1 and round(solved["share"] / GRID, 6).is_integer()
-    result = fxcompress.compile(text, model_of("mobilenet_v2"), IMAGES, plan=Plan.from_json(made.to_json()))
+    result = fxcompress.compile(text, model_of("resnet18"), IMAGES, plan=Plan.from_json(made.to_json()))
     assert macs_of(result.finalize()) == made.after.macs
 
 

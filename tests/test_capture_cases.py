@@ -260,3 +260,31 @@ def test_wrong_calls(model: Any, inputs: Any, code: str) -> None:
     with pytest.raises(CaptureError) as caught:
         capture(model, inputs)
     assert caught.value.diagnostics[0].code == code
+
+
+class _Cached(nn.Module):
+    """Keeps what it makes of a parameter for evaluation, by device (as the attention biases of timm)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.bias_cache = nn.Parameter(torch.randn(4)), {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return x + self.table[[2, 0, 1]]
+        key = str(x.device)
+        if key not in self.bias_cache:
+            self.bias_cache[key] = self.table[[2, 0, 1]]
+        return x + self.bias_cache[key]
+
+
+def test_a_cache_filled_before_capture_is_not_captured() -> None:
+    torch.manual_seed(0)
+    model, x = _Cached().eval(), torch.randn(2, 3)
+    expected = model(x)
+    captured = capture(model, x)
+    torch.testing.assert_close(captured.module(x), expected)
+    assert "table" in {node.target for node in captured.graph.nodes}
+    assert set(model.bias_cache) == {"cpu"}, "the model's own cache stays"
+    captured.module.train()(x).sum().backward()
+    assert captured.module.get_parameter("table").grad is not None

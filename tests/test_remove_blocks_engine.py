@@ -16,6 +16,7 @@ from fxcompress.graph.calibration import Calibration
 from fxcompress.graph.captured import Captured
 from fxcompress.graph.residual_blocks import find_blocks
 from fxcompress.graph.site import Site
+from fxcompress.inspect import explain
 from fxcompress.passes import Remove
 from fxcompress.passes.shared.blocks_scores import block_scores
 from fxcompress.plan import read_policy
@@ -198,6 +199,22 @@ def test_saved_loaded_and_removed_from_again(tmp_path: Path) -> None:
     assert labels(again) == {"blocks.0", "blocks.2", "blocks.3", "blocks.4"}
     once_more = Remove(ratio=1.0).apply(again, '"blocks.3.**" | "blocks.0.**"', "blocks")
     torch.testing.assert_close(once_more.module.eval()(X), skipping(net, {0, 1, 3})(X))
+
+
+def test_explain_says_which_rule_took_a_layer_out(tmp_path: Path) -> None:
+    module = compile_('policy p { remove blocks("blocks.1.**") { ratio = 100% } }', tower(), (X,)).finalize()
+    fxcompress.save(module, tmp_path / "art")
+    text = explain(tmp_path / "art", "blocks.1.conv1").show()
+    assert "gone" in text and "1. remove, phase (start)" in text and "left with the block blocks.1" in text
+    assert "no rule touched it" in explain(tmp_path / "art", "blocks.3.conv1").show()
+
+
+def test_a_budget_solves_how_many_leave() -> None:
+    result = compile_("policy p { remove blocks(*) {}\n budget macs <= 60% of dense }", tower(*["plain"] * 10), (X,))
+    stem, block, head = 64 * 3 * 4 * 9, 64 * (4 * 4 * 9 + 4 * 4), 4 * 5  # MACs at 8x8
+    counts = [count for count in range(11) if stem + count * block + head <= 0.6 * (stem + 10 * block + head)]
+    assert len(labels(result.captured)) == max(counts)
+    assert result.plan.after.macs == stem + max(counts) * block + head
 
 
 def test_provenance_says_what_is_read_past() -> None:

@@ -107,6 +107,18 @@ def test_the_end_is_that_of_one_removal(settings: str) -> None:
     assert shapes(slow.module) != shapes(model)
 
 
+def test_the_end_is_that_of_one_removal_where_groups_balance_each_other() -> None:
+    torch.manual_seed(2)
+    model = wake(torchvision.models.shufflenet_v2_x0_5(num_classes=5))
+    policy = "policy p {{ phase thin {} {{ remove channels(conv2d) {{ ratio = {}, verify = off }} }} }}"
+    example = (torch.randn(2, 3, 64, 64),)
+    once = fxcompress.compile(policy.format("", "50%"), model, example)
+    slow = fxcompress.compile(policy.format("over steps 0..2", "linear(10% -> 50%), every = 1 steps"), model, example)
+    slow.step()
+    slow.step()
+    assert slow.done and shapes(slow.module) == shapes(once.module)
+
+
 @pytest.mark.parametrize("scope", ["global", "isomorphic"])
 def test_ranked_together_the_ratio_holds_over_all_that_was_there(scope: str) -> None:
     torch.manual_seed(2)

@@ -216,3 +216,25 @@ def test_it_keeps_the_accuracy_that_a_removal_without_it_loses() -> None:
         assert small < 0.2 and zero < 1e-3
         assert shrunk > dense + 0.08 and shrunk > 0.85
         assert grown > dense + 0.08 and grown > 0.93
+
+
+def test_a_share_that_is_solved_is_the_same_after_resuming() -> None:
+    policy = """policy p {
+        phase thin over steps 1..4 { remove channels(linear) { scope = global, sparsify = growing, strength = 0.1 } }
+        budget params <= 60% of dense
+    }"""
+    first = fxcompress.compile(policy, perceptron(), X)
+    with torch.no_grad():
+        first.module.get_parameter("0.weight")[:7].mul_(1e-3)
+    first.step()
+    torch.manual_seed(9)
+    other = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    second = fxcompress.compile(policy, other, X, resume=first.state_dict())
+    second.module.load_state_dict(first.module.state_dict())
+    for _ in range(3):
+        first.step()
+        second.step()
+    assert first.done and second.done
+    assert 0.5 < sum(p.numel() for p in first.finalize().parameters()) / 67 <= 0.6
+    for name, value in first.module.state_dict().items():
+        assert torch.equal(value, second.module.state_dict()[name])

@@ -36,7 +36,7 @@ class Executor:
         self.first_lets = dict(self.binder.lets)
         self.steps = lower(policy, plan)
         self.snapshots, self.followers, self.seed = snapshots, followers, seed
-        self.calibration = calibration
+        self.calibration, self.to_come = calibration, {phase.name for phase in policy.phases}
         self.notes: list[str] = []
         self.careful = False  # rehearse each step on a copy: once the module is in use it must not break
         self.log: list[Entry] = []
@@ -54,16 +54,23 @@ class Executor:
             site = self.binder.site(step.phase, step.action, step.leaves)
             if site is not None:
                 past = self.past.pop(step.number, None)
-                turn, site = step if past is not None else self._solved(step), self._dressed(site)
+                turn, site = self._solved(step, past), self._dressed(site)
                 outcome = self._carry_out(turn, site, None, past)
                 moving.extend((turn, scheduled) for scheduled in self._scheduled(turn, site, outcome))
+        self.to_come.discard(phase.name)
+        if not self.to_come:
+            self.calibration = None  # what still runs on the data holds them itself, in its site
         return moving
 
     def _dressed(self, site: Site) -> Site:
         """`site` with what only a training has."""
         return replace(site, seed=self.seed, calibration=self.calibration)
 
-    def _solved(self, step: Step) -> Step:
+    def _solved(self, step: Step, past: Entry | None) -> Step:
+        if past is not None:
+            if step.solved is None or past.share is None:
+                return step
+            return step.with_solved(replace(step.solved, share=past.share))
         step, notes = solved_now(step, self.steps, self.binder, self.plan, self.dense_seconds, self._dressed)
         self.notes += notes
         return step
@@ -117,7 +124,8 @@ class Executor:
         self._follow(outcome, kept)
         added = {name: tuple(parameter.shape) for name, parameter in self.captured.module.named_parameters()
                  if name not in names}
-        self.log.append(Entry(step.number, value, kept, added))
+        share = step.solved.share if step.solved is not None else None
+        self.log.append(Entry(step.number, value, kept, added, share))
         return outcome
 
     def _follow(self, outcome: Outcome, kept: Mapping[str, Cuts]) -> None:

@@ -20,17 +20,19 @@ from ..graph.site import Cuts
 @dataclass(frozen=True)
 class Entry:
     """One rewrite: by the step `step` of the plan, as its phase began (`value` is None) or as its number came to
-    `value`; what stayed of each tensor that was cut, by name; the shapes of the parameters that came in."""
+    `value`; what stayed of each tensor that was cut, by name; the shapes of the parameters that came in; the share that
+    was solved for the step, None where none was."""
 
     step: int
     value: float | None
     kept: Mapping[str, Cuts]
     added: Mapping[str, tuple[int, ...]]
+    share: float | None = None
 
     def state(self) -> dict[str, Any]:
         """As plain data and tensors."""
         kept = {name: [[dim, indices] for dim, indices in cuts] for name, cuts in self.kept.items()}
-        return {"step": self.step, "value": self.value, "kept": kept,
+        return {"step": self.step, "value": self.value, "kept": kept, "share": self.share,
                 "added": {name: list(shape) for name, shape in self.added.items()}}
 
     @classmethod
@@ -38,7 +40,7 @@ class Entry:
         """That of a checkpoint."""
         kept = {name: tuple((dim, indices) for dim, indices in cuts) for name, cuts in state["kept"].items()}
         return cls(state["step"], state["value"], kept,
-                   {name: tuple(shape) for name, shape in state["added"].items()})
+                   {name: tuple(shape) for name, shape in state["added"].items()}, state["share"])
 
     def same(self, other: Entry) -> bool:
         """Whether both did the same."""

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
-from ..diagnostics import PlanError
+from ..diagnostics import Label, PlanError
 from ..graph import Captured, capture
 from ..graph.apply import carry_gradients
-from ..graph.calibration import Calibration
-from ..plan import Plan, read_policy
+from ..graph.calibration import Calibration, missing
+from ..plan import Plan, Step, lower, read_policy
 from ..plan.build import build
 from ..policy.model import Policy
 from ..policy.timing import length_problems
@@ -52,6 +53,8 @@ def compile(policy: Policy | str | Path, model: nn.Module | Captured, example_in
     captured = model.copy() if isinstance(model, Captured) else capture(model, example_inputs)
     carry_gradients(model.module if isinstance(model, Captured) else model, captured.module)
     data = Calibration.of(calibration, captured) if calibration is not None else None
+    if data is None:
+        _need_no_data(lower(checked))
     if plan is None:
         plan = build(checked, captured)
     else:
@@ -61,3 +64,11 @@ def compile(policy: Policy | str | Path, model: nn.Module | Captured, example_in
     if optimizer is not None:
         result.follow(optimizer)
     return result
+
+
+def _need_no_data(steps: Sequence[Step]) -> None:
+    """Refuse every action, of any phase, that needs calibration data."""
+    problems = [replace(missing(need), primary=Label(step.action.span)) for step in steps
+                if (need := step.pass_.data_need())]
+    if problems:
+        raise PlanError(problems)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, fx, nn
 from torchvision.ops import StochasticDepth
 
-from .captured import Captured, Example
+from .captured import Captured, Example, code_of
 from .modes import merge_modes
 from .modules import MODULES
 from .ops import call
@@ -48,7 +48,8 @@ def assemble(
     unread = _unread(module)
     if unread:
         notes.append(f"not read by the graph, kept in state_dict: {', '.join(unread)}")
-    return Captured(module, example, way, name, all(not t.is_meta for t in module.parameters()), notes=tuple(notes))
+    concrete = all(not tensor.is_meta for tensor in module.parameters())
+    return Captured(module, example, way, name, concrete, notes=tuple(notes), _code=code_of(graph))
 
 
 def _leaf(model: nn.Module, path: str, traced: Traced) -> nn.Module:

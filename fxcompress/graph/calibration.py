@@ -183,7 +183,7 @@ def _cut(data: Tensor | Mapping[Any, Any], captured: Captured) -> list[object]:
     """One large batch as several."""
     size = captured.example.batch if captured.fixed_batch else CHUNK
     if isinstance(data, Tensor):
-        return list(data.split(size)) if data.dim() and len(data) else []
+        return list(torch.split(data, size)) if data.dim() and len(data) else []
     tensors = [value for value in data.values() if isinstance(value, Tensor)]
     if not tensors or len({tuple(tensor.shape[:1]) for tensor in tensors}) > 1 or not tensors[0].dim():
         return [data]

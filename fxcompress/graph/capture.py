@@ -18,7 +18,7 @@ from .probe import Fakes, quiet
 from .propagate import device_of
 from .provenance import recall
 from .trace import Traced, trace
-from .tree import clone_model, meta
+from .tree import clone_model, meta, own
 from .values import BatchFixedError
 
 Way = Literal["auto", "fx", "export"]
@@ -48,7 +48,7 @@ def capture(
     _check_model(model)
     example = as_example(example_inputs)
     with quiet():
-        captured = _capture(model, example, bind_inputs(model, example), way, meta if skeleton else Tensor.clone)
+        captured = _capture(model, example, bind_inputs(model, example), way, meta if skeleton else own)
     if isinstance(model, fx.GraphModule):
         recall(captured.graph, model.graph)
     return captured

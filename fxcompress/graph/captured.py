@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -14,7 +15,7 @@ from .fingerprint import fingerprint
 from .ops import path_of
 from .propagate import propagate
 from .stamp import Stamp, stamp
-from .tree import copy_module, meta
+from .tree import copy_module, meta, own
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class Captured:
     notes: tuple[str, ...] = ()
     fixed_batch: str = ""
     _facts: Facts | None = field(default=None, repr=False)
+    _code: list[object] = field(default_factory=list, repr=False)  # `code_of` what `module` was last compiled from
     _stamp: Stamp | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
@@ -106,18 +108,22 @@ class Captured:
 
     def copy(self) -> Captured:
         """A deep copy: its own graph and weights (shared weights stay shared), same node names and facts."""
-        return replace(self, module=copy_module(self.module, Tensor.clone), moved=dict(self.moved))
+        return replace(self, module=copy_module(self.module, own), moved=dict(self.moved), _code=[])
 
     def skeleton(self) -> Captured:
         """The same graph with weights on the `meta` device: nothing is allocated. Free for one that is a skeleton
         already in memory, not in identity: its graph is a copy too."""
-        return replace(self, module=copy_module(self.module, meta), moved=dict(self.moved), concrete=False)
+        return replace(self, module=copy_module(self.module, meta), moved=dict(self.moved), concrete=False,
+                       _code=[])
 
     def refresh(self) -> None:
         """After a rewrite: drop dead nodes, check and recompile the graph, compute shapes and facts anew. Takes time
         linear in the nodes and computes on fakes only. Raises RewriteError (FXC0406) where a node can't be computed."""
         propagate(self)
-        self.module.recompile()
+        code = code_of(self.graph)
+        if len(code) != len(self._code) or any(map(operator.is_not, code, self._code)):
+            self.module.recompile()
+            self._code = code
         self._facts = None
         self._stamp = stamp(self)
 
@@ -166,6 +172,12 @@ class Captured:
     def fingerprint(self) -> str:
         """A hash of the graph, the modules' settings and all shapes and dtypes, not of the weights' values."""
         return fingerprint(self)
+
+
+def code_of(graph: fx.Graph) -> list[object]:
+    """What the code of `graph` is written from. As long as these are the same objects, so is the code: setting an
+    argument of a node makes new tuples."""
+    return [part for node in graph.nodes for part in (node, node.name, node.target, node.args, node.kwargs)]
 
 
 Nodes = Iterable[fx.Node]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from .macs import macs_of
-from .ops import kind_of, path_of
+from .ops import kind_of, path_of, submodule
 
 Shape = tuple[int, ...]
 
@@ -55,7 +56,15 @@ class Facts:
 
 def shapes(value: Any) -> Any:
     """The shape of a tensor, shapes of nested tuples; None for what has none."""
-    return _over(value, lambda tensor: tuple(tensor.shape), None)
+    return _over(value, _shape, None)
+
+
+def _shape(tensor: Tensor) -> Shape:
+    return tuple(tensor.shape)
+
+
+def _dtype(tensor: Tensor) -> torch.dtype:
+    return tensor.dtype
 
 
 def _over(value: Any, function: Any, other: Any) -> Any:
@@ -72,7 +81,9 @@ def _dynamic(results: tuple[Any, ...]) -> Any:
     """For each dimension whether its size differs between the probes."""
     first = results[0]
     if isinstance(first, Tensor):
-        return tuple(any(r.shape[dim] != size for r in results) for dim, size in enumerate(first.shape))
+        if len(results) == 2:
+            return tuple(map(operator.ne, first.shape, results[1].shape))
+        return (False,) * first.dim()
     if isinstance(first, tuple | list) and not isinstance(first, torch.Size):
         return tuple(_dynamic(tuple(result[place] for result in results)) for place in range(len(first)))
     return ()
@@ -84,14 +95,17 @@ def _held(node: fx.Node, root: nn.Module) -> list[Tensor]:
         value = _attribute(root, str(node.target))
         return [value] if isinstance(value, Tensor) else []
     if node.op == "call_module":
-        module = root.get_submodule(str(node.target))
+        module = submodule(root, str(node.target))
+        if not module._modules:
+            own = (*module._parameters.values(), *module._buffers.values())
+            return list({id(tensor): tensor for tensor in own if tensor is not None}.values())
         return [*module.parameters(), *module.buffers()]
     return []
 
 
 def _attribute(root: nn.Module, path: str) -> object:
     prefix, _, name = path.rpartition(".")
-    return getattr(root.get_submodule(prefix), name)
+    return getattr(submodule(root, prefix), name)
 
 
 def _size(tensors: Iterable[Tensor]) -> int:
@@ -103,26 +117,21 @@ def fact_of(node: fx.Node, results: tuple[Any, ...], root: nn.Module, value_of: 
     one."""
     held = _held(node, root)
     first = results[0]
-    fact = NodeFact(
-        kind="", path=path_of(node), shape=shapes(first), dtype=_over(first, lambda tensor: tensor.dtype, None),
-        dynamic=_dynamic(results), params=sum(t.numel() for t in held if isinstance(t, nn.Parameter)),
-        bytes=_size(held),
-        value_bytes=_bytes(first) if node.op not in ("get_attr", "output") else 0,
-        source=str(node.meta.get("source", "")))
-    node.meta["fxc"] = fact
+    path, shape = path_of(node), shapes(first)
+    node.meta["fxc"] = NodeFact("", path, shape)  # the kind of a norm is read off its shape
     kind = kind_of(node)
-    return replace(fact, kind=kind, macs=macs_of(kind, node, first, value_of))
+    return NodeFact(
+        kind, path, shape, dtype=_over(first, _dtype, None), dynamic=_dynamic(results),
+        params=sum(t.numel() for t in held if isinstance(t, nn.Parameter)), macs=macs_of(kind, node, first, value_of),
+        bytes=_size(held), value_bytes=_bytes(first) if node.op not in ("get_attr", "output") else 0,
+        source=str(node.meta.get("source", "")))
 
 
 def _bytes(value: Any) -> int:
-    total = 0
-
-    def add(tensor: Tensor) -> None:
-        nonlocal total
-        total += _size([tensor])
-
-    _over(value, add, None)
-    return total
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ()
+    return sum(map(_bytes, items))
 
 
 def totals(graph: fx.Graph, root: nn.Module, batch: int) -> Facts:

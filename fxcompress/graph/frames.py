@@ -6,6 +6,7 @@ import linecache
 import os
 import re
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ def is_model_code(filename: str) -> bool:
     return _is_user(filename) or (filename.startswith(_MODULES) and not filename.endswith(f"{os.sep}module.py"))
 
 
+@lru_cache(maxsize=4096)
 def line_of(filename: str, number: int) -> str:
     """`resnet.py:102 \\`out += identity\\``."""
     text = " ".join(linecache.getline(filename, number).split())

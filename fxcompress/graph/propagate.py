@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from ..diagnostics import Diagnostic, RewriteError
 from .facts import fact_of
+from .ops import submodule
 from .probe import Fakes, quiet
 from .trace_errors import RAISED_BY_MODELS
 
@@ -78,10 +79,10 @@ def _value(node: fx.Node, root: nn.Module, fakes: Fakes, args: tuple[Any, ...], 
         return args[0]
     if node.op == "get_attr":
         prefix, _, name = str(node.target).rpartition(".")
-        value = getattr(root.get_submodule(prefix), name)
+        value = getattr(submodule(root, prefix), name)
         return fakes.of(value) if isinstance(value, Tensor) else value
     if node.op == "call_module":
-        return fakes.run_module(root.get_submodule(str(node.target)), args, kwargs)
+        return fakes.run_module(submodule(root, str(node.target)), args, kwargs)
     if node.op == "call_method":
         return fakes.call(getattr(type(args[0]), str(node.target)), args, kwargs)
     return fakes.call(node.target, args, kwargs)  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..diagnostics import ArtifactError, Diagnostic, nearest
 from ..graph.captured import Left, Origin
+from ..plan.model import Plan
 from ..render import clean
 from .layers import Layer, Snapshot
 from .rows import Model, open_model, plan_of
@@ -105,8 +106,16 @@ def explain(model: Model, layer: str) -> Explanation:
         name = layer.replace(".", "_")
         heirs = [row for row in now if any(name in origin.was for origin in row.origins)]
         origins = dict.fromkeys(o for row in heirs for o in row.origins if name in o.was)
-        return Explanation(layer, old[layer].kind, None, tuple(origins), tuple(row.label for row in heirs))
+        left = () if plan is None or heirs else _left_with(plan, layer)
+        return Explanation(layer, old[layer].kind, None, (*origins, *left), tuple(row.label for row in heirs))
     raise _unknown(layer, [*(row.label for row in now), *old])
+
+
+def _left_with(plan: Plan, layer: str) -> tuple[Origin, ...]:
+    """The rule that took the block out which `layer`, gone without an heir, was part of."""
+    return tuple(Origin(step.verb, step.place, step.line, step.phase, f"left with the block {change.path}")
+                 for step in plan.steps for change in step.changes
+                 if change.what == "block" and layer.startswith(f"{change.path}."))[:1]
 
 
 def _find(rows: Sequence[Layer], name: str) -> Layer | None:

@@ -265,5 +265,6 @@ def _summed(weight: Tensor, seen: list[Tensor], value: Tensor, groups: int, tran
     for share in reversed(seen):
         weight = weight @ share
     if not transposed:
-        weight = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)  # (in, out / groups)
-    return torch.einsum("gi,gio->go", value.unflatten(0, (groups, -1)), weight.unflatten(0, (groups, -1))).flatten()
+        weight = weight.reshape(groups, -1, weight.shape[1]).transpose(1, 2)  # (groups, in / groups, out / groups)
+    weight = weight.reshape(groups, len(value) // groups, -1)
+    return torch.einsum("gi,gio->go", value.reshape(groups, -1), weight).flatten()

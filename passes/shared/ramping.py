@@ -150,8 +150,15 @@ class Original:
             first[old[inside]] = scores[part.components[inside]]
         gone = self.groups.candidates & ~there
         before_others = gone if self.chosen is None else gone | self.chosen
-        ranking = Ranking(settings, self.groups, np.where(before_others, -np.inf, first))
+        ranking = Ranking(settings, self.groups, np.where(before_others, -np.inf, first), self._least())
         return ranking.choose() | gone, scores, ranking
+
+    def _least(self) -> list[int] | None:
+        """How many of each group stay in the end, where that doesn't depend on scores. Groups that share a layer balance
+        each other, and on the way the balance may ask for more of one of them than in the end."""
+        if self.settings.scope != "local":
+            return None
+        return Ranking(self.settings.at(self.end), self.groups, np.zeros(self.found.coupling.count)).counts()
 
     def _pairs(self, coupling: Coupling) -> Iterator[tuple[Slice, Labels]]:
         """Each tracked dimension as it is now, with what its indices were at first; what came later is left out."""

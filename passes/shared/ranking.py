@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -37,11 +37,13 @@ NORMALIZERS: Mapping[str, Callable[[Scores], Scores]] = {
 
 @dataclass
 class Ranking:
-    """Chooses the components that leave. `scores` has one number a component, higher for what should stay."""
+    """Chooses the components that leave. `scores` has one number a component, higher for what should stay; at least
+    `least` of each group stay, where it is given."""
 
     settings: Remove
     groups: Groups
     scores: Scores
+    least: Sequence[int] | None = None
     doomed: Mask = field(init=False)
     notes: list[str] = field(default_factory=list)
 
@@ -51,15 +53,19 @@ class Ranking:
 
     def choose(self) -> Mask:
         """The components to remove, so that every layer keeps a channel, `min_channels`, and a multiple of `align`."""
-        keep = self._local() if self.settings.scope == "local" else self._together()
-        for place, (cluster, layers) in enumerate(zip(self.groups.clusters, self.groups.in_cluster, strict=True)):
-            if len(cluster) == 1:
-                keep[cluster[0]] = self._aligned(cluster[0], layers, self._asked(cluster[0], keep), self._tie(place))
-        for members, count in zip(self.groups.members, keep, strict=True):
+        for members, count in zip(self.groups.members, self.counts(), strict=True):
             order = members[np.argsort(self.scores[members], kind="stable")]
             self.doomed[order[: len(members) - count]] = True
         self._keep_enough()
         return self.doomed
+
+    def counts(self) -> list[int]:
+        """How many of each group are to stay."""
+        keep = self._local() if self.settings.scope == "local" else self._together()
+        for place, (cluster, layers) in enumerate(zip(self.groups.clusters, self.groups.in_cluster, strict=True)):
+            if len(cluster) == 1:
+                keep[cluster[0]] = self._aligned(cluster[0], layers, self._asked(cluster[0], keep), self._tie(place))
+        return keep if self.least is None else [max(pair) for pair in zip(keep, self.least, strict=True)]
 
     def _local(self) -> list[int]:
         """How many of each group stay: the same share everywhere, rounded so that every layer comes near its share."""
@@ -91,8 +97,8 @@ class Ranking:
         (share that leaves - ratio): coordinate descent, which small groups of many channels need."""
         parts: dict[int, list[tuple[int, float]]] = {group: [] for group in cluster}
         for number in layers:
-            for group, each in self.groups.shares[number].items():
-                parts[group].append((number, each / len(self.groups.layers[number].components)))
+            for group, count in self.groups.shares[number].items():
+                parts[group].append((number, count / len(self.groups.layers[number].components)))
         missing = dict.fromkeys(layers, -ratio)
         for number in layers:  # what can't leave isn't owed
             share = self.groups.shares[number]

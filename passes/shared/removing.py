@@ -252,8 +252,9 @@ def _carried_out(settings: Remove, captured: Captured, coupling: Coupling, layer
     which = [left_of(shrunk, settings.by, digits) if captured.concrete else None for shrunk in changes]
     fold = Fold(coupling, doomed[coupling.component], measured if settings.compensates(site) else None).gather()
     removal: Removal = apply_removal(coupling, doomed)
+    readers = fold.carry_out()
     mark, now = Marker(settings, site), {node.name: node for node in captured.module.graph.nodes}
-    for reader in fold.carry_out():
+    for reader in readers:
         for place in _living(captured, reader, now):
             mark.touch(place, "takes what left into its bias")
     notes += fold.notes()
