@@ -24,8 +24,8 @@ class Quantize(Pass):
     kinds: ClassVar[tuple[str, ...]] = ("conv2d", "linear")
 
     bits: int | None = param(
-        Bits(low=2, high=8), "of the integers that layers read and give, which kernels hold in bytes; without it 8, or 7 "
-        "where the CPU's products of bytes saturate (no VNNI instructions)", None)
+        Bits(low=2, high=8), "of the integers that layers read and give, which kernels hold in bytes; without it 8, or "
+        "7 where the CPU's products of bytes saturate (no VNNI instructions)", None)
     weight_bits: int = param(Bits(low=2, high=8), "of the weights' integers, which kernels hold in bytes", 8)
     granularity: str = param(Choice(("per_channel", "per_tensor")), "one scale for each output of a weight, or one for "
                              "all of it", "per_channel")

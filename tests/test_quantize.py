@@ -198,8 +198,8 @@ class Branches(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.left, self.right = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, padding=1)
-        self.last, self.head = nn.Conv2d(16, 8, 1), nn.Linear(8 * 16, 5)
+        self.stem, self.right = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.left, self.last, self.head = nn.Conv2d(8, 8, 1), nn.Conv2d(16, 8, 1), nn.Linear(8 * 16, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.stem(x))
@@ -283,8 +283,11 @@ def test_later_calibration_and_other_observers() -> None:
 def test_masked_and_thinned_models() -> None:
     """Zeros stay zeros, and what was removed stays away."""
     model, x = settled(torchvision.models.resnet18(num_classes=10), 3, 32, 32), noise(4, 3, 32, 32)
-    result, small = deployed(model, x, "policy p {\n remove channels(conv2d) { ratio = 25% }\n mask conv2d { sparsity = "
-                                       "50% }\n quantize conv2d | linear\n}")
+    result, small = deployed(model, x, """policy p {
+        remove channels(conv2d) { ratio = 25% }
+        mask conv2d { sparsity = 50% }
+        quantize conv2d | linear
+    }""")
     assert apart(small(x), result.module.eval()(x)) < 0.05
     layer = small.get_submodule("layer1.0.conv1")
     assert isinstance(layer, IntConv2d) and layer.weight.shape[0] == 48

@@ -25,6 +25,9 @@ __all__ = ["BY_TARGET", "MODULES", "OPS", "REQUIRED", "Op", "Param", "arguments"
 _RANKED = ("batchnorm", "instancenorm")  # kinds with 1d, 2d or 3d after them, by the rank of the input less two
 
 
+ON_WEIGHTS = frozenset({"mask", "quantizer"})  # kinds of modules on the edge of a weight: part of the layer it feeds
+
+
 def qualified_name(target: object) -> str:
     """`torch.fft.fft2`, `aten.foo.default`, `mylib.f`: the name of an operator that has no canonical one."""
     if isinstance(target, torch._ops.OpOverload):

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from ..policy.selector import Predicate
 from .captured import Captured
-from .ops import arguments, kind_of, path_of
+from .ops import ON_WEIGHTS, arguments, kind_of, path_of
 from .pattern import glob, regex
 
 Value = float | bool | str | tuple[float, ...] | None
@@ -141,12 +141,12 @@ DTYPES: Mapping[str, str] = {  # the names of the policy language for torch's
 
 def held(node: fx.Node, name: str) -> int:
     """`params` or `bytes` of what a node holds and of the parameters behind its arguments, masked or not; masks
-    themselves count nothing."""
-    total = _fact_number(node, name) if kind_of(node) != "mask" else 0
+    and quantizers count nothing."""
+    total = _fact_number(node, name) if kind_of(node) not in ON_WEIGHTS else 0
     ahead, seen = list(node.all_input_nodes), set()
     while ahead:
         source = ahead.pop()
-        if source not in seen and (source.op == "get_attr" or kind_of(source) == "mask"):
+        if source not in seen and (source.op == "get_attr" or kind_of(source) in ON_WEIGHTS):
             seen.add(source)
             total += _fact_number(source, name) if source.op == "get_attr" else 0
             ahead.extend(source.all_input_nodes)
@@ -172,7 +172,7 @@ def depths(captured: Captured) -> Mapping[fx.Node, Value]:
 
 
 def _has_parameters(node: fx.Node) -> bool:
-    return node.op != "get_attr" and kind_of(node) != "mask" and held(node, "params") > 0
+    return node.op != "get_attr" and kind_of(node) not in ON_WEIGHTS and held(node, "params") > 0
 
 
 _LINEAR = re.compile("linear")

@@ -41,7 +41,7 @@ from ..policy.selector import (
     Where,
 )
 from .captured import Captured
-from .ops import MODULES, kind_of, path_of
+from .ops import MODULES, ON_WEIGHTS, kind_of, path_of
 from .pattern import PatternError, glob
 from .predicates import PROPERTIES, Value, holds, matches
 
@@ -304,7 +304,7 @@ _EVALUATE: Mapping[type, Callable[[Selecting, Any], Nodes]] = {
 
 def operators(graph: fx.Graph) -> list[fx.Node]:
     """Every call of `graph` but those that only prepare parameters: their arguments all come from parameters, and they
-    have none of their own."""
+    have none of their own; and those of quantizers, which belong to what they round."""
     weights: set[fx.Node] = set()
     found = []
     for node in graph.nodes:
@@ -312,9 +312,9 @@ def operators(graph: fx.Graph) -> list[fx.Node]:
             weights.add(node)
         elif node.op not in ("placeholder", "output"):
             inputs = node.all_input_nodes
-            if inputs and weights.issuperset(inputs) and (node.op != "call_module" or kind_of(node) == "mask"):
+            if inputs and weights.issuperset(inputs) and (node.op != "call_module" or kind_of(node) in ON_WEIGHTS):
                 weights.add(node)
-            else:
+            elif kind_of(node) != "quantizer":
                 found.append(node)
     return found
 

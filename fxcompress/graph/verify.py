@@ -203,7 +203,7 @@ def _masks(captured: Captured, before: Before) -> Iterator[Violation]:
         if tuple(mask.shape) != shape:
             yield Violation(node.name, f"the mask has shape {tuple(mask.shape)}, its parameter {shape}")
         for user in node.users:
-            if user.op != "call_function" or not _has_holder(captured, user):
+            if kind_of(user) != "quantizer" and (user.op != "call_function" or not _has_holder(captured, user)):
                 yield Violation(user.name, "a masked weight must be read by a function that stands at its layer's path")
 
 

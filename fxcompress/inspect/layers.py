@@ -13,13 +13,14 @@ from ..diagnostics import ArtifactError, Diagnostic
 from ..graph.captured import Captured, Origin
 from ..graph.modules import leaf_of
 from ..graph.opbase import REQUIRED
-from ..graph.ops import arguments, kind_of, module_of, op_of, path_of
+from ..graph.ops import ON_WEIGHTS, arguments, kind_of, module_of, op_of, path_of
 from ..graph.predicates import PROPERTIES
 from ..graph.provenance import origins_of
 from ..graph.select import label
 from ..render import clean
 
-HIDDEN = frozenset({"input", "output", "parameter", "mask", "by_mode"})  # part of what they feed, or of the signature
+# Part of what they feed, or of the signature.
+HIDDEN = frozenset({"input", "output", "parameter", "by_mode", *ON_WEIGHTS})
 SETTINGS = ("in_channels", "out_channels", "in_features", "out_features", "channels", "embeddings", "embedding_dim",
             "hidden_size", "kernel_size", "stride", "padding", "dilation", "groups", "bias")
 SIZES = frozenset({"kernel_size", "stride", "padding", "dilation", "output_size", "size", "normalized_shape",
@@ -150,8 +151,8 @@ def _layer(node: fx.Node, name: str, batch: int) -> Layer:
 
 
 def _weights_of(node: fx.Node) -> list[fx.Node]:
-    """The nodes that feed weights to `node`: parameters, and masks on them."""
-    return [source for source in node.all_input_nodes if kind_of(source) in ("parameter", "mask")]
+    """The nodes that feed weights to `node`: parameters, masks and quantizers on them."""
+    return [source for source in node.all_input_nodes if kind_of(source) in ("parameter", *ON_WEIGHTS)]
 
 
 def _held(node: fx.Node, inside: bool = True) -> list[Held]:
@@ -166,7 +167,7 @@ def _held(node: fx.Node, inside: bool = True) -> list[Held]:
     if kind == "mask":
         kept = cast(Tensor, module_of(node).mask)
         return [(tensor, effective * kept) for source in _weights_of(node) for tensor, effective in _held(source)]
-    own = [(tensor, tensor) for tensor in _own(node)]
+    own = [(tensor, tensor) for tensor in _own(node)] if kind != "quantizer" else []
     return own + ([pair for source in _weights_of(node) for pair in _held(source)] if inside else [])
 
 

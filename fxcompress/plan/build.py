@@ -13,7 +13,7 @@ from torch import fx
 
 from ..diagnostics import FxcError, PlanError, PolicyError, RewriteError, Sink
 from ..graph.captured import Captured
-from ..graph.ops import kind_of
+from ..graph.ops import ON_WEIGHTS, kind_of
 from ..graph.predicates import held, macs
 from ..graph.select import label
 from ..graph.site import Outcome, Site
@@ -228,7 +228,7 @@ def _figures(captured: Captured) -> Mapping[str, tuple[str, Figures]]:
     found: dict[str, tuple[str, Figures]] = {}
     for node in captured.graph.nodes:
         kind, params = kind_of(node), held(node, "params")
-        if node.op in ("call_module", "call_function") and kind != "mask" and (params or each[node]):
+        if node.op in ("call_module", "call_function") and kind not in ON_WEIGHTS and (params or each[node]):
             shape = _shape(node.meta["fxc"].shape)
             found.setdefault(label(node), (kind, Figures(shape, params, each[node], held(node, "bytes"))))
     return found

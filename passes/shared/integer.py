@@ -23,7 +23,8 @@ ROLES: Mapping[str, Role] = {
     **dict.fromkeys(("relu", "relu6", "hardtanh", "hardswish", "silu"), "activation"),
     "add": "add",
     **dict.fromkeys(("max_pool2d", "reshape", "view", "flatten", "unflatten", "permute", "transpose", "squeeze",
-                     "unsqueeze", "contiguous", "getitem", "chunk", "split", "reorder", "dropout", "dropout2d"), "passes"),
+                     "unsqueeze", "contiguous", "getitem", "chunk", "split", "reorder", "dropout", "dropout2d"),
+                    "passes"),
     **dict.fromkeys(("cat", "stack"), "joins"),
 }
 AFTER_ADD = ("relu",)  # activations that a kernel applies behind an addition
