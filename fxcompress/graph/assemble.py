@@ -31,7 +31,7 @@ def assemble(
     drop_dead(graph)
     called = [str(node.target) for node in graph.nodes if node.op == "call_module"]
     leaves = {path: _leaf(model, path, traced) for path in called}
-    _out_of_place(graph, leaves)
+    _out_of_place(leaves)
     tree = plain_tree(model, leaves)
     _register_constants(tree, traced)
     if other is not None:
@@ -65,15 +65,11 @@ def _leaf(model: nn.Module, path: str, traced: Traced) -> nn.Module:
     return module
 
 
-def _out_of_place(graph: fx.Graph, leaves: Mapping[str, nn.Module]) -> None:
-    """Let modules that work in place no longer do so, where nothing reads their input afterwards."""
-    order = {node: place for place, node in enumerate(graph.nodes)}
-    for node in graph.nodes:
-        leaf = leaves[str(node.target)] if node.op == "call_module" else None
-        if leaf is not None and getattr(leaf, "inplace", False):
-            readers = [user for source in node.all_input_nodes for user in source.users]
-            if all(order[user] <= order[node] for user in readers):
-                leaf.inplace = False  # type: ignore[assignment]
+def _out_of_place(leaves: Mapping[str, nn.Module]) -> None:
+    """Let no module work in place: what reads its input afterwards reads its result by now (`writes.py`)."""
+    for leaf in leaves.values():
+        if getattr(leaf, "inplace", False):
+            leaf.inplace = False  # type: ignore[assignment]
 
 
 def _register_constants(tree: nn.Module, traced: Traced) -> None:

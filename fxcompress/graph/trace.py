@@ -24,6 +24,7 @@ from .recorder import Recorder
 from .trace_errors import RAISED_BY_MODELS
 from .twins import Twins
 from .values import BatchFixedError
+from .writes import worked_in_place
 
 _orig_call = nn.Module.__call__
 
@@ -129,7 +130,10 @@ class _Run:
         self.executing = True
         try:
             with torch._C.DisableTorchFunction():
-                return self.recorder.emit_module(path, args, kwargs, module)
+                result = self.recorder.emit_module(path, args, kwargs, module)
+                if getattr(module, "inplace", False):
+                    worked_in_place(self.recorder, (*args, *kwargs.values())[0], result)
+                return result
         finally:
             self.executing = False
 
