@@ -147,8 +147,8 @@ class Flow:
                     for place, size in enumerate(tensor.shape)]
             known = TensorLabels(tensor, self._names[id(tensor)], dims)
             self.tensors[id(tensor)] = known
-        for place, dim in () if wanted is None else enumerate(known.dims):
-            if place not in wanted:
+        for place, dim in enumerate(known.dims):
+            if wanted is not None and place not in wanted:
                 self.fix(dim, "reads it along a dimension that another user of the tensor could shrink")
         return tuple(known.dims)
 
