@@ -45,10 +45,11 @@ def assemble(
     results = {node: traced.recorder.results[node] for node in graph.nodes if node in traced.recorder.results}
     _complete(graph, module, recorder.fakes, results)
     write_facts(graph, module, results)
-    unread = _unread(module)
+    named = dict(module.named_parameters(remove_duplicate=False))
+    unread = _unread(graph, named)
     if unread:
         notes.append(f"not read by the graph, kept in state_dict: {', '.join(unread)}")
-    concrete = all(not tensor.is_meta for tensor in module.parameters())
+    concrete = all(not tensor.is_meta for tensor in named.values())
     return Captured(module, example, way, name, concrete, notes=tuple(notes), _code=code_of(graph))
 
 
@@ -117,10 +118,9 @@ def _detach_no_grad(traced: Traced) -> None:
         grads.add(node)
 
 
-def _unread(module: fx.GraphModule) -> list[str]:
-    """The top-level branches whose parameters the graph never reads."""
-    read = {str(node.target) for node in module.graph.nodes if node.op in ("call_module", "get_attr")}
-    named = dict(module.named_parameters(remove_duplicate=False))
+def _unread(graph: fx.Graph, named: Mapping[str, nn.Parameter]) -> list[str]:
+    """The top-level branches whose parameters, those of `named`, the graph never reads."""
+    read = {str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")}
     is_read = {path: any(owner in read for owner in _owners(path)) for path in named}
     shared = {id(tensor) for path, tensor in named.items() if is_read[path]}
     return sorted({path.rpartition(".")[0] or path for path, tensor in named.items()
