@@ -318,3 +318,22 @@ def test_what_a_module_wrote_in_place_is_read_afterwards(reads: str, way: Any) -
     torch.testing.assert_close(captured.module(x), model(x))
     torch.testing.assert_close(captured.module.train()(x), model.train()(x))
     assert not any(getattr(module, "inplace", False) for module in captured.module.modules())
+
+
+class _Hidden(nn.Module):
+    """Reaches a layer that isn't one of its modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.hidden = nn.Linear(4, 6), [nn.Linear(6, 2)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.hidden[0](self.first(x))
+
+
+def test_parameters_outside_the_model_are_noted() -> None:
+    torch.manual_seed(0)
+    model, x = _Hidden(), torch.randn(2, 4)
+    captured = capture(model, x)
+    torch.testing.assert_close(captured.module(x), model(x))
+    assert [note for note in captured.notes if "a parameter of 2 x 6" in note and "none of the model's modules" in note]
