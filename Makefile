@@ -11,7 +11,7 @@ ARGS   ?=
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint typed mypy bench docs figures golden clean distclean
+.PHONY: help demo test test-all lint typed mypy bench tables docs figures golden clean distclean
 .SECONDARY:
 .NOTPARALLEL:
 
@@ -42,6 +42,14 @@ mypy: $(VENV)/.with-lint typed ## mypy alone
 bench: $(VENV)/.with-bench ## measure check, plan, compile and removal times
 	@$(PY) benchmarks/compile_time.py --peer $(ARGS)
 	@$(PY) benchmarks/remove_scaling.py
+
+tables: $(VENV)/.with-examples $(VENV)/.with-bench ## run what README.md says of removal, and put it there (an hour or two)
+	@$(PY) benchmarks/remove_zoo.py --peer $(ARGS)
+	@$(PY) benchmarks/remove_speed.py
+	@$(PY) benchmarks/remove_latency.py
+	@$(PY) benchmarks/remove_accuracy.py
+	@$(PY) benchmarks/compensate.py
+	@$(PY) benchmarks/readme.py
 
 docs: $(VENV)/.with-examples ## write the language reference and the index of diagnostics anew
 	$(PY) -m fxcompress.docs

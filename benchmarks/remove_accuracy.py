@@ -185,24 +185,23 @@ def points(prune: Prune, target: float) -> list[Point]:
         model = prune(middle := (low + high) / 2)
         found.append(Point(middle, macs(model), model))
         low, high = (middle, high) if found[-1].macs > target else (low, middle)
-    for step in range(-4, 5):
-        ratio = low + 0.01 * step
+    for step in range(-8, 9):
+        ratio = low + 0.005 * step
         if step and 0 < ratio < 0.98:
             found.append(Point(ratio, macs(model := prune(ratio)), model))
     return found
 
 
 def matched(found: dict[str, list[Point]], target: float) -> dict[str, Point]:
-    """A point of each contestant: as near to each other as 1 % of the MACs, or as near as there are, and of these the
-    nearest to the target."""
+    """A point of each contestant, near to the target and, within 1 % of the MACs if that can be, to each other."""
     first, *others = found.values()
     if not others:
         return {name: min(rows, key=lambda point: abs(point.macs - target)) for name, rows in found.items()}
 
-    def badness(pair: tuple[Point, Point]) -> tuple[float, float]:
+    def badness(pair: tuple[Point, Point]) -> float:
         one, other = pair
-        apart = abs(one.macs - other.macs) / target
-        return (max(apart, 0.01), abs(one.macs + other.macs - 2 * target))
+        off = max(abs(one.macs - target), abs(other.macs - target)) / target
+        return off + 10 * max(0.0, abs(one.macs - other.macs) / max(one.macs, other.macs) - 0.01)
 
     best = min(((one, other) for one in first for other in others[0]), key=badness)
     return dict(zip(found, best, strict=True))
@@ -272,14 +271,15 @@ def _error(gains: list[float]) -> float:
 
 
 def _note(rows: list[Row]) -> str:
-    seeds = len({row["seed"] for row in rows})
-    dense = [f"{name} {mean_and_spread([float(row['dense']) for row in _once(rows, name)])} %"
-             for name in dict.fromkeys(row["model"] for row in rows)]
+    dense = []
+    for name in dict.fromkeys(row["model"] for row in rows):
+        values = [float(row["dense"]) for row in _once(rows, name)]
+        dense.append(f"{name} {mean_and_spread(values)} % ({len(values)} seeds)")
     pairs: dict[tuple[Any, ...], list[float]] = {}
     for row in rows:
         pairs.setdefault(tuple(row[key] for key in COLUMNS[:5]), []).append(float(row["macs"]))
     apart = max((abs(pair[0] - pair[1]) / max(pair) for pair in pairs.values() if len(pair) == 2), default=0.0)
-    return (f"Accuracy in %, mean ± standard deviation over {seeds} seeds; the difference is the mean of the seeds' "
+    return (f"Accuracy in %, mean ± standard deviation over the seeds; the difference is the mean of the seeds' "
             f"differences ± its standard error. Dense: {', '.join(dense)}. The MACs of a pair are at most {apart:.1%} "
             f"apart.")
 

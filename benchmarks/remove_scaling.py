@@ -121,12 +121,12 @@ def apart(*arguments: str) -> dict[str, Any]:
 def show_chains(counts: list[int]) -> None:
     """A table with a row for each chain."""
     head = ["blocks", "nodes", "capture s", "analyse s", "rewrite s", "analyse + rewrite, ms a block",
-            "capture, ms a block", "analyse + rewrite, KiB a block"]
+            "capture, ms a block", "capture, KiB a block", "analyse + rewrite, KiB a block"]
     print(f"| {' | '.join(head)} |\n|{' --- |' * len(head)}")
     for count in counts:
         n = apart("chain", str(count))
         each = [f"{1000 * (n['analyse'] + n['rewrite']) / count:.2f}", f"{1000 * n['capture'] / count:.2f}",
-                f"{1024 * n['mib'] / count:.0f}"]
+                f"{1024 * n['capture_mib'] / count:.0f}", f"{1024 * n['mib'] / count:.0f}"]
         seconds = [f"{n[key]:.2f}" for key in ("capture", "analyse", "rewrite")]
         cells = [f"{count:,}", f"{n['nodes']:,}", *seconds, *each]
         print(f"| {' | '.join(cells)} |", flush=True)

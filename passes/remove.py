@@ -31,7 +31,8 @@ class Remove(Pass):
         "head_dim": "the same places in every head of an attention",
         "hidden": "the inner width of perceptrons: channels that one linear layer reads and nothing else",
         "embedding": "the residual stream: channels that adds `x + f(x)` carry from block to block",
-        "blocks": "whole residual blocks (depth): `x + f(x)` becomes `x`, in the blocks that the selection reaches into",
+        "blocks": "whole residual blocks (depth): `x + f(x)` becomes `x`, in the blocks that the selection reaches "
+                  "into",
     }
 
     ratio: float | Ramp = param(

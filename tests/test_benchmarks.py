@@ -92,7 +92,7 @@ def test_the_table_of_accuracies_is_arithmetic() -> None:
             for who, macs, tuned in ((accuracy.OURS, "0.5", ours), (accuracy.PEER, "0.496", theirs))]
     _, _, line, *rest = accuracy.table(rows).splitlines()
     assert line == ("| net | `l2`, global | 50% | 50.0 ± 0.0 | 50.0 ± 0.0 | 95.0 ± 1.4 | 93.5 ± 2.1 | +1.5 ± 0.5 |")
-    assert "at most 0.8% apart" in rest[-1] and "2 seeds" in rest[-1]
+    assert "at most 0.8% apart" in rest[-1] and "(2 seeds)" in rest[-1]
 
 
 @pytest.mark.slow

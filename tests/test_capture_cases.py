@@ -288,3 +288,52 @@ def test_a_cache_filled_before_capture_is_not_captured() -> None:
     assert set(model.bias_cache) == {"cpu"}, "the model's own cache stays"
     captured.module.train()(x).sum().backward()
     assert captured.module.get_parameter("table").grad is not None
+
+
+class _DropsInPlace(nn.Module):
+    """A dropout in place, whose input is read afterwards: itself, another view of its memory, what it is a part of."""
+
+    def __init__(self, reads: str) -> None:
+        super().__init__()
+        self.first, self.last, self.reads = nn.Linear(4, 6), nn.Linear(6, 2), reads
+        self.drop = nn.Dropout(1.0, inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        given = {"view": x.unsqueeze(1), "part": x[:, :3]}.get(self.reads, x)
+        result = self.drop(given)
+        return self.last(x) + (self.last(result) if self.reads == "both" else 0.0)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("reads", ["input", "both", "view", "part"])
+def test_what_a_module_wrote_in_place_is_read_afterwards(reads: str, way: Any) -> None:
+    torch.manual_seed(0)
+    model, x = _DropsInPlace(reads).eval(), torch.randn(2, 4)
+    if (reads, way) == ("view", "fx"):
+        with pytest.raises(CaptureError, match="a view of a tensor is read after"):
+            capture(model, x, way=way)
+        way = "auto"
+    captured = capture(model, x, way=way)
+    torch.testing.assert_close(captured.module(x), model(x))
+    torch.testing.assert_close(captured.module.train()(x), model.train()(x))
+    assert not any(getattr(module, "inplace", False) for module in captured.module.modules())
+
+
+class _Hidden(nn.Module):
+    """Reaches a layer that isn't one of its modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.hidden = nn.Linear(4, 6), [nn.Linear(6, 2)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.hidden[0](self.first(x))
+
+
+def test_parameters_outside_the_model_are_noted() -> None:
+    torch.manual_seed(0)
+    model, x = _Hidden(), torch.randn(2, 4)
+    captured = capture(model, x)
+    torch.testing.assert_close(captured.module(x), model(x))
+    assert [note for note in captured.notes if "a parameter of 2 x 6" in note and "none of the model's modules" in note]

@@ -438,3 +438,23 @@ def test_a_ramp_without_time_is_refused(model: nn.Module) -> None:
     with pytest.raises(PolicyError) as caught:
         fxcompress.plan("policy p { remove channels(conv2d) { ratio = linear(0% -> 50%) } }", model, EXAMPLE)
     assert code_of(caught) == "FXC0520"
+
+
+def test_responses_are_measured_anew_at_each_step(model: nn.Module) -> None:
+    model.conv.bias.data.fill_(-1.0)
+    model.norm = nn.Identity()  # type: ignore[assignment]
+    data = [torch.randn(16, 1, 6, 6, generator=torch.Generator().manual_seed(5))]
+    policy = """policy p { phase thin over steps 0..2 {
+        remove channels(conv2d) { ratio = linear(0% -> 50%),
+                                    every = 1 steps, by = activation, compensate = false } } }"""
+    result = fxcompress.compile(policy, model, EXAMPLE, calibration=data)
+    conv = result.module.get_parameter("conv.weight")
+    for left in (6, 4):
+        with torch.no_grad():
+            bias = result.module.get_parameter("conv.bias")
+            bias.copy_(torch.linspace(-1, 1, len(bias)).roll(left))  # other channels are the quiet ones now
+            response = F.relu(F.conv2d(data[0], conv, bias)).abs().mean((0, 2, 3))
+        kept, weight = response.topk(left).indices.sort().values, conv.detach().clone()
+        result.step()
+        assert torch.equal(conv, weight[kept])
+    assert result.done

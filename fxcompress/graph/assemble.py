@@ -31,7 +31,7 @@ def assemble(
     drop_dead(graph)
     called = [str(node.target) for node in graph.nodes if node.op == "call_module"]
     leaves = {path: _leaf(model, path, traced) for path in called}
-    _out_of_place(graph, leaves)
+    _out_of_place(leaves)
     tree = plain_tree(model, leaves)
     _register_constants(tree, traced)
     if other is not None:
@@ -45,10 +45,11 @@ def assemble(
     results = {node: traced.recorder.results[node] for node in graph.nodes if node in traced.recorder.results}
     _complete(graph, module, recorder.fakes, results)
     write_facts(graph, module, results)
-    unread = _unread(module)
+    named = dict(module.named_parameters(remove_duplicate=False))
+    unread = _unread(graph, named)
     if unread:
         notes.append(f"not read by the graph, kept in state_dict: {', '.join(unread)}")
-    concrete = all(not tensor.is_meta for tensor in module.parameters())
+    concrete = all(not tensor.is_meta for tensor in named.values())
     return Captured(module, example, way, name, concrete, notes=tuple(notes), _code=code_of(graph))
 
 
@@ -65,15 +66,11 @@ def _leaf(model: nn.Module, path: str, traced: Traced) -> nn.Module:
     return module
 
 
-def _out_of_place(graph: fx.Graph, leaves: Mapping[str, nn.Module]) -> None:
-    """Let modules that work in place no longer do so, where nothing reads their input afterwards."""
-    order = {node: place for place, node in enumerate(graph.nodes)}
-    for node in graph.nodes:
-        leaf = leaves[str(node.target)] if node.op == "call_module" else None
-        if leaf is not None and getattr(leaf, "inplace", False):
-            readers = [user for source in node.all_input_nodes for user in source.users]
-            if all(order[user] <= order[node] for user in readers):
-                leaf.inplace = False  # type: ignore[assignment]
+def _out_of_place(leaves: Mapping[str, nn.Module]) -> None:
+    """Let no module work in place: what reads its input afterwards reads its result by now (`writes.py`)."""
+    for leaf in leaves.values():
+        if getattr(leaf, "inplace", False):
+            leaf.inplace = False  # type: ignore[assignment]
 
 
 def _register_constants(tree: nn.Module, traced: Traced) -> None:
@@ -121,10 +118,9 @@ def _detach_no_grad(traced: Traced) -> None:
         grads.add(node)
 
 
-def _unread(module: fx.GraphModule) -> list[str]:
-    """The top-level branches whose parameters the graph never reads."""
-    read = {str(node.target) for node in module.graph.nodes if node.op in ("call_module", "get_attr")}
-    named = dict(module.named_parameters(remove_duplicate=False))
+def _unread(graph: fx.Graph, named: Mapping[str, nn.Parameter]) -> list[str]:
+    """The top-level branches whose parameters, those of `named`, the graph never reads."""
+    read = {str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")}
     is_read = {path: any(owner in read for owner in _owners(path)) for path in named}
     shared = {id(tensor) for path, tensor in named.items() if is_read[path]}
     return sorted({path.rpartition(".")[0] or path for path, tensor in named.items()

@@ -196,8 +196,10 @@ class Coupling:
 
     @cached_property
     def _edges(self) -> tuple[Labels, Labels, Labels, Labels]:
-        """Every tie as in `_edges` below and its component, sorted by that."""
-        a, b, nodes = _edges(self.flow)
+        """Every tie as (label, label, number of the node that ties them, component), sorted by component."""
+        a, b = _edges(self.flow)
+        counts = np.array([(tie[2], len(tie[0])) for tie in self.flow.ties], dtype=np.int64).reshape(-1, 2)
+        nodes = np.repeat(counts[:, 0], counts[:, 1])
         order = np.argsort(self.component[a], kind="stable")
         return a[order], b[order], nodes[order], self.component[a[order]]
 
@@ -209,16 +211,9 @@ def end_to_end(arrays: Sequence[Labels]) -> tuple[Labels, Labels]:
     return np.concatenate(arrays), np.cumsum([0, *map(len, arrays[:-1])])
 
 
-def _edges(flow: Flow) -> tuple[Labels, Labels, Labels]:
-    """Every tie as (label, label, number of the node that ties them)."""
-    if not flow.ties:
-        empty = np.zeros(0, dtype=np.int64)
-        return empty, empty, empty
-    a = np.concatenate([tie[0] for tie in flow.ties])
-    b = np.concatenate([tie[1] for tie in flow.ties])
-    nodes = np.repeat([tie[2] for tie in flow.ties], [len(tie[0]) for tie in flow.ties])
-    free = (a >= 0) & (b >= 0)
-    return a[free], b[free], nodes[free]
+def _edges(flow: Flow) -> tuple[Labels, Labels]:
+    """Every tie as (label, label)."""
+    return end_to_end([tie[0] for tie in flow.ties])[0], end_to_end([tie[1] for tie in flow.ties])[0]
 
 
 def analyse(captured: Captured, split: str = "heads", flipped: frozenset[str] | None = None) -> Coupling:
@@ -242,7 +237,7 @@ def analyse(captured: Captured, split: str = "heads", flipped: frozenset[str] | 
 def _interpreted(captured: Captured, split: str, flipped: frozenset[str]) -> Coupling:
     flow = Flow(captured, split, flipped)
     run(flow, arguments)
-    a, b, _ = _edges(flow)
+    a, b = _edges(flow)
     graph = coo_matrix((np.ones(len(a), dtype=np.int8), (a, b)), shape=(flow.count, flow.count))
     count, component = connected_components(graph, directed=False) if flow.count else (0, np.zeros(0))
     return Coupling(flow, component.astype(np.int64), int(count))

@@ -30,6 +30,7 @@ Rule = Callable[["Flow", fx.Node, Mapping[str, Any]], Value]
 Arguments = Callable[[fx.Node], Mapping[str, Any]]
 
 RULES: dict[str, Rule] = {}
+_NO_SIZES = frozenset((tuple, type(None)))
 
 
 class NoRuleError(Exception):
@@ -112,6 +113,7 @@ class Flow:
         self.index = {node: place for place, node in enumerate(self.nodes)}
         self.node = self.nodes[0]
         self._named = named_tensors(module)
+        self._free: dict[int, Labels] = {}  # arrays with no -1 in them, by identity
         self._names: dict[int, list[str]] = {}
         for name, tensor in self._named.items():
             self._names.setdefault(id(tensor), []).append(name)
@@ -126,7 +128,9 @@ class Flow:
         start, self.count = self.count, self.count + size
         if weak:
             self.weak += [start, self.count]
-        return np.arange(start, self.count, dtype=np.int64)
+        labels = np.arange(start, self.count, dtype=np.int64)
+        self._free[id(labels)] = labels
+        return labels
 
     def is_weak(self, labels: Labels) -> bool:
         """Whether `labels` only repeat a constant."""
@@ -143,8 +147,8 @@ class Flow:
                     for place, size in enumerate(tensor.shape)]
             known = TensorLabels(tensor, self._names[id(tensor)], dims)
             self.tensors[id(tensor)] = known
-        for place, dim in () if wanted is None else enumerate(known.dims):
-            if place not in wanted:
+        for place, dim in enumerate(known.dims):
+            if wanted is not None and place not in wanted:
                 self.fix(dim, "reads it along a dimension that another user of the tensor could shrink")
         return tuple(known.dims)
 
@@ -168,6 +172,9 @@ class Flow:
             return a
         if len(a) != len(b):
             raise NoRuleError("dimensions of different sizes meet")
+        if id(a) in self._free and id(b) in self._free:
+            self.ties.append((a, b, self.index[self.node]))
+            return a
         free = (a >= 0) & (b >= 0)
         if not free.all():
             self.fix(a[~free], reason)
@@ -176,6 +183,7 @@ class Flow:
             a, b = a[free], b[free]
         else:
             result = a
+            self._free[id(a)], self._free[id(b)] = a, b
         self.ties.append((a, b, self.index[self.node]))
         return result
 
@@ -275,12 +283,7 @@ def shape_of(node: object) -> tuple[int, ...]:
 
 def is_shape(shape: object) -> bool:
     """Whether a fact's shape is that of one tensor, not of a tuple of them and not of a number."""
-    if not isinstance(shape, tuple):
-        return False
-    for size in shape:  # no generator: this is asked of every argument of every node
-        if size is None or isinstance(size, tuple):
-            return False
-    return True
+    return isinstance(shape, tuple) and _NO_SIZES.isdisjoint(map(type, shape))
 
 
 def untracked(shape: object) -> Value:

@@ -109,8 +109,9 @@ def _leaf_forward(path: str, module: nn.Module, original: Callable[..., Any]) ->
         name = f"{len(_now.calls)}"
         leaf = _now.calls[name] = Leaf(path, module, others, spec)
         outputs = iter(torch.ops.fxcompress.leaf(tensors, name))
-        return pytree.tree_unflatten([next(outputs) if tensor else None for tensor in leaf.outputs["items"]],
-                                     leaf.outputs["spec"])
+        result = pytree.tree_unflatten([next(outputs) if tensor else None for tensor in leaf.outputs["items"]],
+                                       leaf.outputs["spec"])
+        return tensors[0].copy_(result) if getattr(module, "inplace", False) else result
 
     return forward
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +23,7 @@ Results = dict[fx.Node, tuple[Any, ...]]
 
 def device_of(module: nn.Module, example: Example) -> torch.device:
     """Where the graph computes: the device of the inputs, or of the weights; the CPU for models on `meta`."""
-    for tensor in (*example.tensors(), *module.parameters(), *module.buffers()):
+    for tensor in chain(example.tensors(), module.parameters(), module.buffers()):
         if tensor.device.type != "meta":
             return tensor.device
     return torch.device("cpu")

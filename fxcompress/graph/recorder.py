@@ -213,6 +213,11 @@ class Recorder:
         same = (name for name, other in self.constants.items()
                 if other.dtype == tensor.dtype and other.shape == tensor.shape and torch.equal(other, tensor))
         name = next(same, f"_constant{len(self.constants)}")
+        if isinstance(tensor, nn.Parameter):
+            shape = " x ".join(map(str, tensor.shape)) or "one number"
+            at = f" at {self.source()}" if self.source() else ""
+            self.notes.append(f"a parameter of {shape} read{at} is in none of the model's modules: the graph holds it "
+                              "as a constant")
         if name not in self.constants:
             self.constants[name] = tensor.detach().clone().to(self.device)
         self._constant_ids[id(tensor)] = (tensor, tensor._version, name)

@@ -30,7 +30,8 @@ def stamp(captured: Captured) -> Stamp:
 
 def _held(node: fx.Node, root: nn.Module) -> Iterator[object]:
     if node.op == "call_module":
-        for module in submodule(root, str(node.target)).modules():
+        called = submodule(root, str(node.target))
+        for module in called.modules() if called._modules else (called,):
             yield id(module)
             for name, value in vars(module).items():
                 if name not in _OF_ANY_MODULE:

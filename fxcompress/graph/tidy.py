@@ -24,7 +24,7 @@ def tidy(op: Op, values: dict[str, Any], rec: Recorder) -> dict[str, Any]:
 def _tidy(op: Op, name: str, value: Any, values: dict[str, Any]) -> Any:
     if isinstance(value, torch.Size | list):
         value = tuple(value)
-    if value == () and isinstance(value, tuple) and name in _EMPTY_IS_NONE and op.family != "reduce":
+    if isinstance(value, tuple) and not value and name in _EMPTY_IS_NONE and op.family != "reduce":
         return None
     if op.family == "reduce" and name == "dim" and isinstance(value, tuple) and len(value) <= 1:
         return value[0] if value else None if op.name not in ("amax", "amin") else ()

@@ -18,12 +18,13 @@ from torch.overrides import TorchFunctionMode
 
 from . import frames
 from .dynamic import UntraceableError
-from .modules import keeps_forward, leaf_of
+from .modules import MODULES, keeps_forward, leaf_of
 from .probe import Fakes
 from .recorder import Recorder
 from .trace_errors import RAISED_BY_MODELS
 from .twins import Twins
 from .values import BatchFixedError
+from .writes import worked_in_place
 
 _orig_call = nn.Module.__call__
 
@@ -129,7 +130,10 @@ class _Run:
         self.executing = True
         try:
             with torch._C.DisableTorchFunction():
-                return self.recorder.emit_module(path, args, kwargs, module)
+                result = self.recorder.emit_module(path, args, kwargs, module)
+                if getattr(module, "inplace", False):
+                    worked_in_place(self.recorder, (*args, *kwargs.values())[0], result)
+                return result
         finally:
             self.executing = False
 
@@ -139,6 +143,8 @@ def leaf_kind(module: nn.Module) -> str:
     does; else empty."""
     if type(module).__name__.endswith("DropPath") and drop_rate(module) >= 0.0 and not list(module.parameters()):
         return "stochastic_depth"
+    if type(module) in MODULES:
+        return MODULES[type(module)].kind
     found = leaf_of(type(module))
     return found[1].kind if found is not None and keeps_forward(module) else ""
 
@@ -195,8 +201,10 @@ def _calls_to(run: _Run) -> Iterator[None]:
 def state_names(model: nn.Module) -> dict[int, str]:
     """The name of every parameter and buffer, by id; of a shared one the first."""
     names: dict[int, str] = {}
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        names.setdefault(id(tensor), name)
+    for path, module in model.named_modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                names.setdefault(id(tensor), f"{path}.{name}" if path else name)
     return names
 
 

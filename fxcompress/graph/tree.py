@@ -100,6 +100,8 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
         return memo[id(value)]
     if kind is set and all(type(item) in _ATOMS for item in value):
         return set(value)
+    if kind in _HOOKS and not value:
+        return kind()
     if kind in (dict, OrderedDict) and all(type(key) is str for key in value):
         memo[id(value)] = made = kind()
         for key, item in value.items():
@@ -108,6 +110,7 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
     return copy.deepcopy(value, memo)
 
 
+_HOOKS = frozenset((dict, OrderedDict, set))  # what a module has many of that are empty
 _ATOMS = frozenset((int, float, bool, str, type(None), torch.dtype))
 
 

@@ -40,29 +40,33 @@ class Value:
     stale: str = ""  # why it may not be read any more
 
 
+_CONTAINERS = (tuple, list, dict, slice)
+
+
 def flat(value: object) -> Iterator[Any]:
     """The leaves of nested tuples, lists, dicts and slices."""
-    if isinstance(value, tuple | list):
-        for item in value:
-            yield from flat(item)
-    elif isinstance(value, dict):
-        yield from flat(list(value.values()))
-    elif isinstance(value, slice):
-        yield from flat((value.start, value.stop, value.step))
+    if isinstance(value, _CONTAINERS):
+        items = value if isinstance(value, tuple | list) else value.values() if isinstance(value, dict) else (
+            value.start, value.stop, value.step)
+        for item in items:
+            if isinstance(item, _CONTAINERS):
+                yield from flat(item)
+            else:
+                yield item
     else:
         yield value
 
 
 def map_leaves(value: Any, leaf: Callable[[Any], Any]) -> Any:
     """`value` with every leaf of its tuples, lists, dicts and slices replaced; named tuples become tuples."""
+    if not isinstance(value, _CONTAINERS):
+        return leaf(value)
     if isinstance(value, list | tuple):
-        items = [map_leaves(item, leaf) for item in value]
+        items = [map_leaves(item, leaf) if isinstance(item, _CONTAINERS) else leaf(item) for item in value]
         return items if isinstance(value, list) else tuple(items)
     if isinstance(value, dict):
         return {key: map_leaves(item, leaf) for key, item in value.items()}
-    if isinstance(value, slice):
-        return slice(*(map_leaves(item, leaf) for item in (value.start, value.stop, value.step)))
-    return leaf(value)
+    return slice(*(map_leaves(item, leaf) for item in (value.start, value.stop, value.step)))
 
 
 def all_equal(results: tuple[Any, ...]) -> bool:

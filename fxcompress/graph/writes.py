@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +37,14 @@ def overwrite(rec: Recorder, base: Tensor, result: Any) -> Tensor:
             fake = new.fakes[0]
             tensor.as_strided_(fake.shape, fake.stride(), fake.storage_offset())
     return base
+
+
+def worked_in_place(rec: Recorder, given: Any, result: Any) -> None:
+    """Let `given` stand for `result`, which a module made of it in place."""
+    if isinstance(given, Tensor) and isinstance(result, Tensor) and rec.tracked(given) and given is not result:
+        value = rec.value(result)
+        overwrite(rec, given, result)
+        rec.values[id(result)] = replace(value, stale="")
 
 
 def write_state(rec: Recorder, name: str) -> None:

@@ -26,9 +26,9 @@ def constants(coupling: Coupling) -> dict[fx.Node, Tensor]:
     """The constants of each node along its dimension 1 (the last one of a linear layer): one number a channel,
     not-a-number for a channel that isn't constant. Nodes without any are left out."""
     values: dict[fx.Node, Tensor] = {}
-    if not _possible(coupling):
-        return values
     with torch.no_grad():
+        if not _possible(coupling):
+            return values
         for node in coupling.flow.nodes:
             value = _constant(node, kind_of(node), values)
             if value is not None and not bool(value.isnan().all()):
@@ -45,7 +45,7 @@ def _possible(coupling: Coupling) -> bool:
             module = module_of(node)
             weight = module._parameters.get("weight")
             if weight is not None:
-                first = weight.detach().as_strided((len(weight),), weight.stride()[:1], weight.storage_offset())
+                first = weight.as_strided((len(weight),), weight.stride()[:1])
                 firsts.setdefault((weight.device, weight.dtype), []).append(first)
             elif "parametrizations" in module._modules:  # computed from others
                 return True

@@ -162,7 +162,8 @@ _LACKING: Mapping[str, tuple[Callable[[Scoring], set[str]], str, str]] = {
 
 def _energy(rows: Tensor) -> Tensor:
     """The sum of the squares of each row, without a copy of them all."""
-    return torch.linalg.vector_norm(rows, dim=1).square()
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return norms.square()
 
 
 def l1(scoring: Scoring) -> Tensor:

@@ -154,8 +154,8 @@ class Original:
         return ranking.choose() | gone, scores, ranking
 
     def _least(self) -> list[int] | None:
-        """How many of each group stay in the end, where that doesn't depend on scores. Groups that share a layer balance
-        each other, and on the way the balance may ask for more of one of them than in the end."""
+        """How many of each group stay in the end, where that doesn't depend on scores. Groups that share a layer
+        balance each other, and on the way the balance may ask for more of one of them than in the end."""
         if self.settings.scope != "local":
             return None
         return Ranking(self.settings.at(self.end), self.groups, np.zeros(self.found.coupling.count)).counts()

@@ -142,7 +142,7 @@ def _mask(writer: _Writer, args: Mapping[str, Any], batched: bool, heads: int) -
         for place in ((1, 1) if batched else (0, 0)):
             padding = writer.call("unsqueeze", padding, place)
         mask = padding if mask is None else writer.call("add", mask, padding)
-    return mask  # type: ignore[no-any-return]
+    return mask
 
 
 def _additive(writer: _Writer, mask: fx.Node, like: fx.Node) -> fx.Node:

@@ -53,10 +53,7 @@ def by_offset(flow: Flow, labels: Dim, groups: int) -> Dim:
 def convolution(flow: Flow, node: fx.Node, args: Mapping[str, Any]) -> Value:
     """Weight (out, in / groups, *kernel)."""
     dims, channel = _input(flow, node, args)
-    weight = flow.parameter(args, "weight", (0, 1))
-    bias = flow.parameter(args, "bias")
-    if weight is None:
-        raise NoRuleError("has a weight that no rule follows")
+    weight, bias, source = _held(flow, args)
     x, out, groups = dims[channel], weight[0], args["groups"]
     if bias is not None and out is not None:
         out = flow.tie(out, bias[0])
@@ -65,8 +62,7 @@ def convolution(flow: Flow, node: fx.Node, args: Mapping[str, Any]) -> Value:
         flow.consume_parameter(args, "weight", 1, flow.tie(x, weight[1]))
     else:
         out, follows = _grouped(flow, args, x, weight, out, groups)
-    source = flow.source(args, "weight")
-    flow.produce(out, *([(source, 0)] if source else []), follows=follows)
+    flow.produce(out, *((name, 0) for name in source), follows=follows)
     return _result(flow, dims, channel, out)
 
 
@@ -92,31 +88,37 @@ def _grouped(flow: Flow, args: Mapping[str, Any], x: Dim, weight: Dims, out: Dim
 def transposed(flow: Flow, node: fx.Node, args: Mapping[str, Any]) -> Value:
     """Weight (in, out / groups, *kernel)."""
     dims, channel = _input(flow, node, args)
-    weight = flow.parameter(args, "weight", (0, 1))
-    bias = flow.parameter(args, "bias")
-    if weight is None:
-        raise NoRuleError("has a weight that no rule follows")
+    weight, bias, source = _held(flow, args)
     x, groups = flow.tie(dims[channel], weight[0]), args["groups"]
-    source = flow.source(args, "weight")
     wide = shape_of(args["input"])[channel] // groups
     if groups == 1:
         flow.consume_parameter(args, "weight", 0, x)
         out = weight[1]
-        flow.produce(out, *([(source, 1)] if source else []))
+        flow.produce(out, *((name, 1) for name in source))
     elif form(flow, x, groups, wide) == "whole" and x is not None:
         reps = x.reshape(groups, -1)[:, 0]
         by_group(flow, x, groups, reps)
         flow.fix(weight[1], "is the width of a group of which all or nothing leaves")
         out = np.repeat(reps, shape_of(node)[channel] // groups)
-        flow.produce(out, *([(source, 0)] if source and wide == 1 else []), follows=True)
+        flow.produce(out, *((name, 0) for name in source if wide == 1), follows=True)
     else:
         flow.consume_parameter(args, "weight", 0, x)
         by_offset(flow, x, groups)
         out = None if weight[1] is None else np.tile(weight[1], groups)
-        flow.produce(out, *([(source, 1)] if source else []))
+        flow.produce(out, *((name, 1) for name in source))
     if bias is not None:
         out = flow.tie(out, bias[0])
     return _result(flow, dims, channel, out)
+
+
+def _held(flow: Flow, args: Mapping[str, Any]) -> tuple[Dims, Dims | None, tuple[str, ...]]:
+    """Labels of the weight, with a kernel that stays, and of the bias; the tensor that the weight comes from, where
+    that is known."""
+    weight, bias = flow.parameter(args, "weight", (0, 1)), flow.parameter(args, "bias")
+    source = flow.source(args, "weight")
+    if weight is None:
+        raise NoRuleError("has a weight that no rule follows")
+    return weight, bias, () if source is None else (source,)
 
 
 def _input(flow: Flow, node: fx.Node, args: Mapping[str, Any]) -> tuple[Dims, int]:
