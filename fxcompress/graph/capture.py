@@ -14,7 +14,7 @@ from ..diagnostics import CaptureError, Diagnostic
 from .assemble import assemble
 from .captured import Captured, Example
 from .dynamic import UntraceableError
-from .probe import Fakes, quiet
+from .probe import Fakes, collecting_later, quiet
 from .propagate import device_of
 from .provenance import recall
 from .trace import Traced, trace
@@ -47,7 +47,7 @@ def capture(
     """
     _check_model(model)
     example = as_example(example_inputs)
-    with quiet():
+    with quiet(), collecting_later():
         captured = _capture(model, example, bind_inputs(model, example), way, meta if skeleton else own)
     if isinstance(model, fx.GraphModule):
         recall(captured.graph, model.graph)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -54,6 +55,19 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, disabled in zip(_LOGGERS, before, strict=True):
             logger.disabled = disabled
+
+
+@contextmanager
+def collecting_later() -> Iterator[None]:
+    """While it lasts, Python doesn't look for garbage: of the many objects of a capture nearly all stay, and a full
+    collection walks through everything that is loaded."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
 
 
 class Fakes:
