@@ -88,8 +88,8 @@ def shrink(tensor: Tensor, kept: list[tuple[int, Tensor]], concrete: bool) -> No
     tensor.grad = None
     small = cut(tensor.data, kept)
     if tensor.requires_grad:
-        # Whoever still holds a loss holds autograd's node for this tensor, and that remembers the old shape. It is let go
-        # where the dtype changes.
+        # Whoever still holds a loss holds autograd's node for this tensor, and that remembers the old shape. It is let
+        # go where the dtype changes.
         tensor.data = small.new_empty(0, dtype=torch.float64 if small.dtype != torch.float64 else torch.float32)
     tensor.data = small
     if gradient is not None:
