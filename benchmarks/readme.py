@@ -1,6 +1,8 @@
-"""Bring the figures of README.md up to date from the record of a real run of the demo.
+"""Bring the figures of README.md up to date: those of the demo from the record of a run, the tables from result files.
 
-    make figures        # runs the demo, then this; it writes docs/lenet_mnist.json, docs/lenet_mnist.svg and README.md
+    make figures                                    # runs the demo, then this
+    python benchmarks/readme.py out/lenet_mnist.json  # docs/lenet_mnist.json, docs/lenet_mnist.svg and README.md
+    python benchmarks/readme.py                     # the tables of benchmarks/results/*.csv alone
 """
 
 from __future__ import annotations
@@ -8,13 +10,47 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+import compensate
+import remove_accuracy
+import remove_latency
+import remove_speed
+import remove_zoo
+from tables import read
 
 ROOT = Path(__file__).parent.parent
 RECORD = ROOT / "docs/lenet_mnist.json"
 PICTURE = ROOT / "docs/lenet_mnist.svg"
-BLOCK = re.compile(r"(?<=<!-- figures: begin -->\n).*?(?=<!-- figures: end -->)", flags=re.S)
+
+# Name of a table in README.md -> the CSV it is made of, and what makes it.
+TABLES: Mapping[str, tuple[Path, Callable[[list[dict[str, Any]]], str]]] = {
+    "zoo": (remove_zoo.RESULTS, remove_zoo.summary),
+    "speed": (remove_speed.RESULTS, remove_speed.table),
+    "latency": (remove_latency.RESULTS, remove_latency.table),
+    "accuracy": (remove_accuracy.RESULTS, remove_accuracy.table),
+    "compensate": (compensate.RESULTS, compensate.table),
+}
+
+
+def block(name: str) -> re.Pattern[str]:
+    """What stands between the two markers of `name`."""
+    return re.compile(rf"(?<=<!-- {name}: begin -->\n).*?(?=<!-- {name}: end -->)", flags=re.S)
+
+
+def filled(text: str) -> str:
+    """`text` with every table that it has markers for made anew. Raises FileNotFoundError without its CSV."""
+    for name, (path, make) in TABLES.items():
+        if block(name).search(text):
+            if not path.exists():
+                raise FileNotFoundError(f"{path}: run the benchmark that writes it")
+            table = make(read(path)) + "\n"
+            text = block(name).sub(lambda _, table=table: table, text)
+    return text
 
 
 def figures(record: dict[str, Any]) -> str:
@@ -70,13 +106,17 @@ def picture(record: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("record", type=Path, help="the JSON file that the demo wrote beside its artifact")
-    text = parser.parse_args().record.read_text(encoding="utf-8")
-    record = json.loads(text)
-    RECORD.write_text(text, encoding="utf-8")
-    picture(record, PICTURE)
+    parser.add_argument("record", type=Path, nargs="?", help="the JSON file that the demo wrote beside its artifact")
+    path = parser.parse_args().record
     readme = ROOT / "README.md"
-    readme.write_text(BLOCK.sub(lambda _: figures(record), readme.read_text(encoding="utf-8")), encoding="utf-8")
+    text = readme.read_text(encoding="utf-8")
+    if path is not None:
+        kept = path.read_text(encoding="utf-8")
+        RECORD.write_text(kept, encoding="utf-8")
+        record = json.loads(kept)
+        picture(record, PICTURE)
+        text = block("figures").sub(lambda _: figures(record), text)
+    readme.write_text(filled(text), encoding="utf-8")
 
 
 if __name__ == "__main__":

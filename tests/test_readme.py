@@ -85,10 +85,31 @@ def test_the_figures_are_those_of_the_record(monkeypatch: pytest.MonkeyPatch) ->
     import readme
 
     record = json.loads(readme.RECORD.read_text(encoding="utf-8"))
-    (shown,) = readme.BLOCK.findall(README)
+    (shown,) = readme.block("figures").findall(README)
     assert shown == readme.figures(record)
     assert record["before"]["accuracy"] - record["after"]["accuracy"] < 0.01
     assert record["seconds"] < 180
+
+
+def test_the_tables_are_those_of_the_result_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import readme
+
+    assert all(len(readme.block(name).findall(README)) == 1 for name in readme.TABLES)
+    assert readme.filled(README) == README
+
+
+def test_a_table_follows_its_file_and_needs_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import readme
+
+    place = tmp_path / "one.csv"
+    monkeypatch.setattr(readme, "TABLES", {"one": (place, lambda rows: str(rows[0]["a"]))})
+    text = "before\n<!-- one: begin -->\nold\n<!-- one: end -->\nafter\n"
+    with pytest.raises(FileNotFoundError, match=r"one\.csv"):
+        readme.filled(text)
+    place.write_text("a\nnew \\1\n", encoding="utf-8")
+    assert readme.filled(text) == "before\n<!-- one: begin -->\nnew \\1\n<!-- one: end -->\nafter\n"
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/design.md", "docs/adr/README.md"])
