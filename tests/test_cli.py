@@ -92,7 +92,7 @@ def test_fmt_leaves_broken_files_alone(files: Path) -> None:
 
 
 def test_verbs() -> None:
-    assert [line.split()[0] for line in run("verbs").stdout.splitlines()[:2]] == ["mask", "remove"]
+    assert [line.split()[0] for line in run("verbs").stdout.splitlines()[:3]] == ["mask", "quantize", "remove"]
     assert "sparsity: a percentage from 0% to 100% or a ramp" in run("verbs", "mask").stdout
     unknown = run("verbs", "maks")
     assert unknown.returncode == 1 and "did you mean `mask`?" in unknown.stderr
@@ -154,10 +154,13 @@ def test_commands_for_models(monkeypatch: pytest.MonkeyPatch) -> None:
                   "a=50%", "--param", "b=c=d", "--format", "json") == (
         "plan", p, "m:f", Path("w.safetensors"), {"a": "50%", "b": "c=d"}, Path("plan.json"), "json", False)
     assert called(monkeypatch, "compile", "p.fxc", "--model", "m:f", "-o", "out", "--plan", "plan.json") == (
-        "compile", p, "m:f", None, {}, Path("out"), Path("plan.json"))
+        "compile", p, "m:f", None, {}, Path("out"), Path("plan.json"), None)
+    assert called(monkeypatch, "compile", "p.fxc", "--model", "m:f", "-o", "out", "--calibration", "x.npy") == (
+        "compile", p, "m:f", None, {}, Path("out"), None, "x.npy")
     assert called(monkeypatch, "inspect", "out", "--format", "json") == ("inspect", Path("out"), "json")
     assert called(monkeypatch, "diff", "a", "b") == ("diff", Path("a"), Path("b"), "text")
-    assert called(monkeypatch, "explain", "out", "layer1.0.conv1") == ("explain_layer", Path("out"), "layer1.0.conv1")
+    assert called(monkeypatch, "explain", "out", "layer1.0.conv1") == (
+        "explain_layer", Path("out"), "layer1.0.conv1", "text")
 
 
 def test_errors_of_commands_are_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
