@@ -1,4 +1,4 @@
-"""Bring the figures of README.md up to date: those of the demo from the record of a run, the tables from result files.
+"""Bring the figures of README.md and docs up to date: the demo's from the record of a run, tables from result files.
 
     make figures                                    # runs the demo, then this
     python benchmarks/readme.py out/lenet_mnist.json  # docs/lenet_mnist.json, docs/lenet_mnist.svg and README.md
@@ -27,7 +27,8 @@ ROOT = Path(__file__).parent.parent
 RECORD = ROOT / "docs/lenet_mnist.json"
 PICTURE = ROOT / "docs/lenet_mnist.svg"
 
-# Name of a table in README.md -> the CSV it is made of, and what makes it.
+PAGES = ("README.md", "docs/removal.md", "docs/calibration.md")  # they have the tables
+# Name of a table -> the CSV it is made of, and what makes it.
 TABLES: Mapping[str, tuple[Path, Callable[[list[dict[str, Any]]], str]]] = {
     "zoo": (remove_zoo.RESULTS, remove_zoo.summary),
     "speed": (remove_speed.RESULTS, remove_speed.table),
@@ -108,15 +109,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("record", type=Path, nargs="?", help="the JSON file that the demo wrote beside its artifact")
     path = parser.parse_args().record
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
+    record = None
     if path is not None:
         kept = path.read_text(encoding="utf-8")
         RECORD.write_text(kept, encoding="utf-8")
         record = json.loads(kept)
         picture(record, PICTURE)
-        text = block("figures").sub(lambda _: figures(record), text)
-    readme.write_text(filled(text), encoding="utf-8")
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        if record is not None:
+            text = block("figures").sub(lambda _: figures(record), text)
+        (ROOT / page).write_text(filled(text), encoding="utf-8")
 
 
 if __name__ == "__main__":
