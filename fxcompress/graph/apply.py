@@ -11,6 +11,7 @@ from ..policy.values import Ramp
 from .calibration import Calibration, missing
 from .captured import Captured
 from .ops import kind_of, path_of
+from .probe import collecting_later
 from .provenance import origins_of, touch
 from .select import Selecting, label, quoted
 from .site import Outcome, Site
@@ -32,10 +33,11 @@ def carry_out(captured: Captured, pass_: Pass, site: Site) -> Outcome:
     """
     if captured.concrete and site.calibration is None and (need := pass_.data_need()):
         raise PlanError([replace(missing(need), primary=Label(site.span) if site.span is not None else None)])
-    before = Before.of(captured)
-    outcome = pass_.rewrite(captured, site)
-    _record(captured, pass_, site, outcome, before)
-    verify(captured, before, pass_, site)
+    with collecting_later():
+        before = Before.of(captured)
+        outcome = pass_.rewrite(captured, site)
+        _record(captured, pass_, site, outcome, before)
+        verify(captured, before, pass_, site)
     return outcome
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -108,13 +108,16 @@ class Captured:
 
     def copy(self) -> Captured:
         """A deep copy: its own graph and weights (shared weights stay shared), same node names and facts."""
-        return replace(self, module=copy_module(self.module, own), moved=dict(self.moved), _code=[])
+        return self._copied(own)
 
     def skeleton(self) -> Captured:
         """The same graph with weights on the `meta` device: nothing is allocated. Free for one that is a skeleton
         already in memory, not in identity: its graph is a copy too."""
-        return replace(self, module=copy_module(self.module, meta), moved=dict(self.moved), concrete=False,
-                       _code=[])
+        return replace(self._copied(meta), concrete=False)
+
+    def _copied(self, make: Callable[[Tensor], Tensor]) -> Captured:
+        module = copy_module(self.module, make)
+        return replace(self, module=module, moved=dict(self.moved), _code=code_of(module.graph))
 
     def refresh(self) -> None:
         """After a rewrite: drop dead nodes, check and recompile the graph, compute shapes and facts anew. Takes time

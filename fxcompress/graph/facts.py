@@ -118,7 +118,8 @@ def fact_of(node: fx.Node, results: tuple[Any, ...], root: nn.Module, value_of: 
     held = _held(node, root)
     first = results[0]
     path, shape = path_of(node), shapes(first)
-    node.meta["fxc"] = NodeFact("", path, shape)  # the kind of a norm is read off its shape
+    if node.op == "call_function":
+        node.meta["fxc"] = NodeFact("", path, shape)  # the kind of a norm is read off its shape
     kind = kind_of(node)
     return NodeFact(
         kind, path, shape, dtype=_over(first, _dtype, None), dynamic=_dynamic(results),

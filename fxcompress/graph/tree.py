@@ -75,7 +75,8 @@ def _copies(model: nn.Module, make: Callable[[Tensor], Tensor]) -> dict[int, Any
     for module in plain:
         memo[id(module)] = type(module).__new__(type(module))
     for module in plain:
-        memo[id(module)].__dict__.update({name: _copied(value, memo) for name, value in module.__dict__.items()})
+        memo[id(module)].__dict__.update({name: value if type(value) in _ATOMS else _copied(value, memo)
+                                          for name, value in module.__dict__.items()})
     return memo
 
 

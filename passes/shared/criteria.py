@@ -31,14 +31,29 @@ REDUCERS: Mapping[str, Update] = {
 
 @dataclass(frozen=True)
 class Part:
-    """One dimension of a tensor of a layer. `rows` is (indices, rest): what belongs to each index; `components` is
-    (indices): the number of its component in the scoring, -1 if it isn't a candidate. `grad` is shaped as `rows`, None
-    without one."""
+    """Dimension `dim` of `weight`, a tensor of a layer. `components` is (indices): the number of each index' component
+    in the scoring, -1 if it isn't a candidate. `gradient` is shaped as `weight`, None without one."""
 
     layer: str
-    rows: Tensor
+    weight: Tensor
+    dim: int
     components: Tensor
-    grad: Tensor | None = None
+    gradient: Tensor | None = None
+
+    @property
+    def rows(self) -> Tensor:
+        """What belongs to each index, (indices, rest): a view where that can be, so that no copies of weights pile up;
+        in float32 at least."""
+        return self._rows(self.weight)
+
+    @property
+    def grad(self) -> Tensor | None:
+        """The gradient, shaped as `rows`."""
+        return None if self.gradient is None else self._rows(self.gradient)
+
+    def _rows(self, tensor: Tensor) -> Tensor:
+        precise = torch.promote_types(tensor.dtype, torch.float32)  # squares of half floats overflow
+        return tensor.detach().to(precise).movedim(self.dim, 0).reshape(tensor.shape[self.dim], -1)
 
 
 @dataclass(frozen=True)
@@ -69,7 +84,9 @@ P = TypeVar("P", bound=Indexed)
 class Scoring:
     """What a criterion sees: the weights that make the components' channels, layer by layer in the order of the graph,
     and, only for a criterion that needs them, the scales of the batch norms on them or what the channels are on the
-    calibration data wherever they are read. `how` names the reducer over the layers of a component."""
+    calibration data wherever they are read. `how` names the reducer over the layers of a component. With
+    `slices = coupled` the weights are all that leave with a component, those that make its channels first, and
+    `relative` is set: what each of them scores is divided by its mean."""
 
     count: int
     weights: tuple[Part, ...]
@@ -77,21 +94,26 @@ class Scoring:
     generator: torch.Generator
     how: str = "mean"
     responses: tuple[Response, ...] = ()
+    relative: bool = False
 
     def reduce(self, parts: tuple[P, ...], energy: Callable[[P], Tensor],
                finish: Callable[[Tensor], Tensor] = lambda total: total) -> Tensor:
         """For each part, `energy` (one number an index) summed over the indices of a component; `finish` of these sums,
-        one for each component that the part has; then `how` over the parts that have the component. Components in no
-        part score 0. Takes time linear in the weights."""
+        one for each component that the part has, over their mean if `relative`; then `how` over the parts that have the
+        component. Components in no part score 0. Takes time linear in the weights."""
         total = torch.zeros(self.count, dtype=torch.float64)
         seen = torch.zeros_like(total)
         for part in parts:
             present, share = part.components, energy(part).detach().double().cpu()
-            if not bool((present.diff(prepend=present.new_tensor([-1])) > 0).all()):  # not each once and in order
+            once = bool((present[1:] > present[:-1]).all()) and not bool((present[:1] < 0).any())
+            if not once:  # several indices of a component, or in another order
                 inside, energies = present >= 0, share
                 present, place = torch.unique(present[inside], return_inverse=True)
                 share = torch.zeros(len(present), dtype=torch.float64).index_add_(0, place, energies[inside])
-            total[present] = REDUCERS[self.how](total[present], finish(share), seen[present])
+            share = finish(share)
+            if self.relative:
+                share = share / (float(share.abs().mean()) or 1.0)
+            total[present] = REDUCERS[self.how](total[present], share, seen[present])
             seen[present] += 1
         return total
 
@@ -102,11 +124,17 @@ ScoreFunction = Callable[[Scoring], Tensor]
 @dataclass(frozen=True)
 class Criterion:
     """`function` scores what `needs` is there for. The scores of a `comparable` one mean the same in every layer, so a
-    ranking over several takes them as they are."""
+    ranking over several takes them as they are. `filters`: its formula is about whole filters, or about no weights."""
 
     function: ScoreFunction
     needs: Need = "weights"
     comparable: bool = False
+    filters: bool = False
+
+    @property
+    def sums(self) -> bool:
+        """Whether any slice of a weight can be scored by it, and not only those that make a channel."""
+        return self.needs in ("weights", "gradient") and not self.filters
 
     def score(self, scoring: Scoring, name: str) -> Tensor:
         """One score a component. Raises PlanError: FXC0343 where a layer lacks what is needed, FXC0344 where the
@@ -145,7 +173,7 @@ def _without_response(scoring: Scoring) -> set[str]:
 
 
 def _without_gradient(scoring: Scoring) -> set[str]:
-    return {part.layer for part in scoring.weights if part.grad is None}
+    return {part.layer for part in scoring.weights if part.gradient is None}
 
 
 # need -> (the layers that lack it, how it is called, the way out)
@@ -214,7 +242,11 @@ def lamp(scoring: Scoring) -> Tensor:
 def fpgm(scoring: Scoring) -> Tensor:
     """sum over the filters F' of the layer of ‖F − F'‖₂: the filters near the geometric median of the layer can be
     replaced by the others. He et al., "Filter Pruning via Geometric Median", 2019."""
-    return scoring.reduce(scoring.weights, lambda part: torch.cdist(part.rows, part.rows).sum(1))
+    def apart(part: Part) -> Tensor:
+        filters = part.rows
+        return torch.cdist(filters, filters).sum(1)
+
+    return scoring.reduce(scoring.weights, apart)
 
 
 def activation(scoring: Scoring) -> Tensor:
@@ -226,25 +258,26 @@ def activation(scoring: Scoring) -> Tensor:
 
 
 def _gradient(part: Part) -> Tensor:
-    assert part.grad is not None, "a criterion is asked only where its needs are met"
-    return part.grad
+    grad = part.grad
+    assert grad is not None, "a criterion is asked only where its needs are met"
+    return grad
 
 
 L1 = Criterion(l1)
 L2 = Criterion(l2)
-RANDOM = Criterion(random, comparable=True)
+RANDOM = Criterion(random, comparable=True, filters=True)
 BN_SCALE = Criterion(bn_scale, needs="scales", comparable=True)
 TAYLOR = Criterion(taylor, needs="gradient", comparable=True)
 HESSIAN = Criterion(hessian, needs="gradient", comparable=True)
 LAMP = Criterion(lamp, comparable=True)
-FPGM = Criterion(fpgm)
+FPGM = Criterion(fpgm, filters=True)
 ACTIVATION = Criterion(activation, needs="response")
 
 
 def register_criterion(name: str, needs: Need = "weights",
                        comparable: bool = False) -> Callable[[ScoreFunction], ScoreFunction]:
     """Decorator: make a function a value of `by` of `remove` for this process. Packages use the entry point
-    `fxcompress.criteria`.
+    `fxcompress.criteria`. It sees all that leaves with a component where the policy says `slices = coupled`.
 
     The function takes a `Scoring` and gives one finite score a component, higher for what should stay; `Scoring.reduce`
     gathers it layer by layer. With `needs="gradient"` every part of `scoring.weights` has its `grad`, with

@@ -245,7 +245,7 @@ def _proven(captured: Captured, coupling: Coupling, doomed: Mask, double: bool) 
 
 def _carried_out(settings: Remove, captured: Captured, coupling: Coupling, layers: list[Layer], doomed: Mask,
                  scores: Scores | None, measured: Measured | None, site: Site, notes: list[str]) -> Outcome:
-    kinds = {node: kind_of(node) for node in coupling.flow.nodes}
+    kinds = {node: node.meta["fxc"].kind for node in coupling.flow.nodes}
     before = {node.name: (signature(node), len(origins_of(node))) for node in coupling.flow.nodes}
     changes = changes_of(coupling, layers, doomed, kinds)
     digits = None if scores is None else rounded(scores)
