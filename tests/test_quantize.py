@@ -18,6 +18,7 @@ import fxcompress
 from fxcompress.diagnostics import PlanError
 from fxcompress.engine import integers
 from fxcompress.graph.ops import kind_of, module_of
+from fxcompress.inspect import report
 from fxcompress.nn import IntConv2d, IntLinear, Quantizer
 from fxcompress.nn.integer import After, Grid, saturates
 from fxcompress.nn.scheme import Scheme
@@ -266,6 +267,8 @@ def test_accuracy_on_digits(tmp_path: Path) -> None:
     dense, bytes_ = (sum(t.numel() * t.element_size() for t in module.state_dict().values())
                      for module in (model, small))
     assert bytes_ < 0.3 * dense
+    shown = report(small, before=fxcompress.capture(model, x[:2]))
+    assert shown.after.sizes.params == sum(p.numel() for p in small.parameters()) == 9_930
 
 
 def test_later_calibration_and_other_observers() -> None:

@@ -19,7 +19,7 @@ def macs_of(kind: str, node: fx.Node, value: Any, value_of: Values) -> int:
     if kind in _RECURRENT and node.op == "call_module":
         return _recurrent(node, value_of)
     if kind in _INTEGER:
-        weight = module_of(node).get_buffer("weight")
+        weight = module_of(node).get_parameter("weight")
         return int(value.numel()) * (weight.numel() // weight.shape[0])
     counter = _COUNTERS.get(kind)
     if counter is None:

@@ -230,10 +230,15 @@ def _gradients(captured: Captured, before: Before) -> Iterator[Violation]:
     now = dict(captured.module.named_parameters())
     buffers = dict(captured.module.named_buffers())
     for name, trained in before.trained.items():
-        if name in buffers and not getattr(submodule(captured.module, name.rpartition(".")[0]), "fxc_frozen", False):
+        if name in buffers:
             yield Violation(name, "it was a parameter and is a buffer")
-        elif name in now and now[name].requires_grad != trained:
+        elif name in now and now[name].requires_grad != trained and not _is_frozen(captured, name):
             yield Violation(name, f"its requires_grad was {trained} and is {not trained}")
+
+
+def _is_frozen(captured: Captured, name: str) -> bool:
+    """Whether a module holds the parameter that computes with constants."""
+    return bool(getattr(submodule(captured.module, name.rpartition(".")[0]), "fxc_frozen", False))
 
 
 INVARIANTS: tuple[Invariant, ...] = (

@@ -125,24 +125,26 @@ class _Packed:
 class _Product(nn.Module):
     """Base of the products. `weight` is int8, `weight_scale` float [out], `bias` float [out]."""
 
-    fxc_frozen: ClassVar[bool] = True  # its tensors are constants, whatever they were before
-    weight: Tensor
+    fxc_frozen: ClassVar[bool] = True  # its parameters are constants, whatever they were before
+    weight: nn.Parameter
+    bias: nn.Parameter | None
     weight_scale: Tensor
-    bias: Tensor | None
     _weight_zero: Tensor
 
     def __init__(self, shape: Sequence[int], has_bias: bool, reads: Grid, after: After) -> None:
         super().__init__()
         self.shape, self.has_bias, self.reads, self.after = tuple(shape), has_bias, reads, after
-        self.register_buffer("weight", torch.zeros(self.shape, dtype=torch.int8))
+        self.weight = nn.Parameter(torch.zeros(self.shape, dtype=torch.int8), requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros(self.shape[0]), requires_grad=False) if has_bias else None
         self.register_buffer("weight_scale", torch.ones(self.shape[0]))
-        self.register_buffer("bias", torch.zeros(self.shape[0]) if has_bias else None)
         self.register_buffer("_weight_zero", torch.zeros(self.shape[0], dtype=torch.int64), persistent=False)
         self._packed = _Packed()
 
     def fill(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
         """Set the weights: int8, float [out], float [out]."""
-        self.weight, self.weight_scale, self.bias, self._packed = weight, scale, bias, _Packed()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.weight_scale, self._packed = scale, _Packed()
 
     def forward(self, q: Tensor, other: Tensor | None = None) -> Tensor:
         """The product of `q` (uint8), uint8 or float32; with `after.adds`, `other` is added to it."""
