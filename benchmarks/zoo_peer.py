@@ -14,11 +14,9 @@ def peer(entry: Any, result: dict[str, Any], brief: bool) -> None:
     import torch_pruning as tp
     from torch import nn
 
-    from zoo_worker import WrongError, layer_sizes, parameters, tensors, thinner
+    from zoo_worker import WrongError, layer_sizes, little, parameters, tensors, thinner
 
-    little = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1))
-    tp.pruner.MetaPruner(little, torch.zeros(2, 3, 4, 4), importance=tp.importance.GroupMagnitudeImportance(p=2),
-                         pruning_ratio=RATIO).step()  # what is loaded and made on first use isn't counted
+    tp.pruner.MetaPruner(*little(), importance=tp.importance.GroupMagnitudeImportance(p=2), pruning_ratio=RATIO).step()
     model = entry.build()
     x = entry.inputs(model)
     with torch.no_grad():
