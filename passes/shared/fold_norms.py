@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,32 +18,15 @@ _PRODUCTS = ("conv1d", "conv2d", "conv3d", "linear")
 _NORMS = ("batchnorm1d", "batchnorm2d", "batchnorm3d")
 
 
-def foldable(captured: Captured, node: fx.Node) -> fx.Node | None:
-    """The batch norm that can be folded into `node`: a call of a module that alone reads the product, whose weight
-    nothing else reads. None where there is none."""
-    users = list(node.users)
-    if kind_of(node) not in _PRODUCTS or len(users) != 1 or kind_of(users[0]) not in _NORMS:
-        return None
-    norm = users[0]
-    if norm.op != "call_module" or module_of(norm).running_mean is None or len(_calls(captured, str(norm.target))) > 1:
-        return None
-    if node.op == "call_module" and (unexposable(node) or len(_calls(captured, str(node.target))) > 1):
-        return None
-    weight = parameter_of(node, "weight")
-    if weight is None or _reads(captured, captured.module.get_parameter(weight)) > 1:
-        return None
-    return norm
-
-
 def fold(captured: Captured, nodes: Iterable[fx.Node]) -> list[tuple[fx.Node, str]]:
     """Fold the batch norm behind each of `nodes` where there is one to fold; returns those nodes, each with the path of
     its norm, which is gone. Masked weights stay masked: their channels are only scaled. The caller refreshes.
 
     w' = w·γ/√(σ² + ε), b' = (b − μ)·γ/√(σ² + ε) + β (Jacob et al., 2018, section 3.2).
     """
-    folded = []
+    sharing, folded = _Sharing(captured), []
     for node in nodes:
-        norm = foldable(captured, node)
+        norm = sharing.norm_behind(node)
         if norm is not None:
             path = str(norm.target)
             _fold(captured, node, norm)
@@ -51,15 +35,32 @@ def fold(captured: Captured, nodes: Iterable[fx.Node]) -> list[tuple[fx.Node, st
     return folded
 
 
-def _calls(captured: Captured, target: str) -> list[fx.Node]:
-    return [node for node in captured.graph.nodes if node.op == "call_module" and node.target == target]
+class _Sharing:
+    """How often modules are called, and tensors are held or read, in a graph as it was before anything was folded."""
 
+    def __init__(self, captured: Captured) -> None:
+        self.captured = captured
+        self.calls = Counter(str(node.target) for node in captured.graph.nodes if node.op == "call_module")
+        names = {name: id(tensor) for name, tensor in captured.module.named_parameters(remove_duplicate=False)}
+        self.holders = Counter(names.values())
+        self.readers = Counter(names[str(node.target)] for node in captured.graph.nodes
+                               if node.op == "get_attr" and str(node.target) in names)
 
-def _reads(captured: Captured, tensor: Tensor) -> int:
-    """How many modules and nodes hold or read the very tensor."""
-    names = {name for name, found in captured.module.named_parameters(remove_duplicate=False) if found is tensor}
-    return max(len(names), len([node for node in captured.graph.nodes
-                                if node.op == "get_attr" and node.target in names]))
+    def norm_behind(self, node: fx.Node) -> fx.Node | None:
+        """The batch norm that can be folded into `node`: a call of a module that alone reads the product, whose weight
+        nothing else reads. None where there is none."""
+        users = list(node.users)
+        if kind_of(node) not in _PRODUCTS or len(users) != 1 or kind_of(users[0]) not in _NORMS:
+            return None
+        norm, name = users[0], parameter_of(node, "weight")
+        if norm.op != "call_module" or module_of(norm).running_mean is None or self.calls[str(norm.target)] > 1:
+            return None
+        if node.op == "call_module" and (unexposable(node) or self.calls[str(node.target)] > 1):
+            return None
+        if name is None:
+            return None
+        weight = id(self.captured.module.get_parameter(name))
+        return norm if self.holders[weight] == 1 and self.readers[weight] <= 1 else None
 
 
 def _fold(captured: Captured, node: fx.Node, norm: fx.Node) -> None:
@@ -93,11 +94,7 @@ def _bias(captured: Captured, node: fx.Node, weight: Tensor) -> Tensor:
         with captured.graph.inserting_before(node):
             read = captured.graph.get_attr(name)
         read.meta["path"] = path_of(node)
-        _give(node, bias=read)
+        op = op_of(node)
+        assert op is not None
+        node.args, node.kwargs = op.normal({**arguments(node), "bias": read})
     return captured.module.get_parameter(name)
-
-
-def _give(node: fx.Node, **values: object) -> None:
-    op = op_of(node)
-    assert op is not None
-    node.args, node.kwargs = op.normal({**arguments(node), **values})
