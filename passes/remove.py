@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from fxcompress.diagnostics import PolicyError
 from fxcompress.passbase import Facet, Pass, SizesFrom, param
-from fxcompress.passes.shared.removal_settings import STRENGTH, raise_for_time, removal_problems
+from fxcompress.passes.shared.removal_settings import STRENGTH, raise_for_slices, raise_for_time, removal_problems
 from fxcompress.policy.types import Boolean, Choice, Integer, Number, OneOf, Percent, Registered, Time
 from fxcompress.policy.values import Duration, Ramp
 
@@ -48,9 +48,12 @@ class Remove(Pass):
                        "all of them, or over those of one structure", "local")
     reduce: str = param(Choice(("mean", "sum", "max", "first")), "what the layers that lose a channel together make of "
                         "its scores in each of them", "mean")
+    slices: str = param(
+        Choice(("made", "coupled")), "which weights `by` sees of a channel: those that make it, or also its readers' "
+        "and the scales of norms, what each tensor scores divided by its mean (Fang et al., \"DepGraph\", 2023)", "made")
     normalize: str = param(Choice(("auto", "none", "mean", "max", "standard")), "make scores of groups that are ranked "
                            "together comparable: divided by the group's mean or largest, or standardised; `auto` takes "
-                           "the mean, and none for criteria that compare as they are", "auto")
+                           "the mean, and none for criteria that compare as they are (with `slices = made`)", "auto")
     couple: str = param(Choice(("extend", "skip", "error")),
                         "what to do with layers that are tied to selected ones and not selected themselves", "extend")
     min_channels: int = param(Integer(low=1), "leave at least this many channels in every layer", 1)
@@ -126,8 +129,9 @@ class Remove(Pass):
         return bool(self.compensate) and site.calibration is not None
 
     def rewrite(self, graph: Captured, site: Site) -> Outcome:
-        """Remove from the layers of `site`. Raises PlanError (FXC0304, FXC0340 to FXC0345) where that can't be done,
+        """Remove from the layers of `site`. Raises PlanError (FXC0304, FXC0340 to FXC0348) where that can't be done,
         and RewriteError (FXC0541) where the result would be wrong; then `graph` is as it was."""
+        raise_for_slices(self, site)
         if (isinstance(self.ratio, Ramp) or self.sparsify != "none") and not site.kept:
             from fxcompress.passes.shared.ramping import begin
 

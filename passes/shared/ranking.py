@@ -145,7 +145,8 @@ class Ranking:
         if self.settings.normalize != "auto":
             return self.settings.normalize
         concrete = self.groups.coupling.captured.concrete  # a skeleton's scores are numbers of components
-        return "none" if concrete and criterion_of(self.settings.by).comparable else "mean"
+        absolute = self.settings.slices == "made" and criterion_of(self.settings.by).comparable
+        return "none" if concrete and absolute else "mean"
 
     def _cap(self, group: int) -> int:
         """How many of a group may leave."""

@@ -34,7 +34,26 @@ def removal_problems(settings: Remove) -> list[Diagnostic]:
     if settings.strength is not None and settings.sparsify == "none":
         found.append(Diagnostic(
             "FXC0508", "`strength` has no penalty to act on", help="say which: `sparsify = group_lasso`, or `growing`"))
+    if settings.slices == "coupled" and settings.reduce == "first":
+        found.append(Diagnostic(
+            "FXC0508", "`slices = coupled` has nothing to act on: `reduce = first` sees one layer that makes a channel",
+            help="let `reduce` be `mean`, `sum` or `max`; or take `slices` out"))
     return found
+
+
+def raise_for_slices(settings: Remove, site: Site) -> None:
+    """Raise PlanError, FXC0348, where what shall be ranked has no score of every slice that leaves with it."""
+    if settings.slices != "coupled":
+        return
+    from fxcompress.passes.shared.criteria import criterion_of
+
+    reason = "a block is scored by all its weights as it is" if site.what == "blocks" else (
+        f"`by = {settings.by}` doesn't score slices of weights" if not criterion_of(settings.by).sums else "")
+    if reason:
+        raise PlanError([Diagnostic(
+            "FXC0348", f"`slices = coupled` has no meaning here: {reason}",
+            Label(site.span) if site.span is not None else None,
+            help="take `slices` out; or rank channels by `l1`, `l2`, `lamp`, `taylor` or `hessian`")])
 
 
 def raise_for_time(settings: Remove, site: Site) -> None:
