@@ -1,6 +1,7 @@
 """Accuracy after removal at the same MACs, beside Torch-Pruning: same networks, criterion, fine-tuning and seeds.
 
     python benchmarks/remove_accuracy.py [--quick] [--seeds 5] [--out benchmarks/results/remove_accuracy.csv]
+    python benchmarks/remove_accuracy.py --row "l2, coupled"   # one criterion alone; the other rows of the CSV stay
     python benchmarks/remove_accuracy.py --show        # the table of the CSV, without running anything
 
 LeNet-5 and a residual network are trained on the digits of the demo, once a seed; each seed has a split of its own.
@@ -73,16 +74,18 @@ class ResNet14(nn.Module):
 
 @dataclass(frozen=True)
 class Setting:
-    """How removal is asked for; with calibration data its mean is folded into the biases too."""
+    """How removal is asked for; with calibration data its mean is folded into the biases too. `coupled`: `slices` of
+    ours. Torch-Pruning scores all that leaves together as it is: its plain rows are what these compare with."""
 
     by: str
     scope: str = "local"
     data: bool = False
+    coupled: bool = False
 
     @property
     def name(self) -> str:
         """What the CSV calls it."""
-        return f"{self.by}, data" if self.data else self.by
+        return f"{self.by}, data" if self.data else self.by + COUPLED * self.coupled
 
 
 @dataclass(frozen=True)
@@ -95,9 +98,10 @@ class Subject:
 
 
 SUBJECTS = {"LeNet-5": Subject(LeNet5, 10, 4), "ResNet-14": Subject(ResNet14, 6, 3)}
-SETTINGS = (Setting("l2"), Setting("l2", "global"), Setting("taylor"), Setting("l2", data=True),
-            Setting("activation", data=True))
+SETTINGS = (Setting("l2"), Setting("l2", coupled=True), Setting("l2", "global"), Setting("taylor"),
+            Setting("l2", data=True), Setting("activation", data=True))
 TARGETS = (0.5, 0.25)
+COUPLED = ", coupled"
 SEEN = 512  # training images that gradients and moments are taken over
 
 
@@ -142,7 +146,8 @@ def ours(model: nn.Module, setting: Setting, split: Split) -> Prune:
     data = some(split)[0].split(64) if setting.data else None
 
     def prune(ratio: float) -> nn.Module:
-        removal = Remove(ratio=ratio, by=setting.by, scope=setting.scope, verify="off")
+        removal = Remove(ratio=ratio, by=setting.by, scope=setting.scope, verify="off",
+                         slices="coupled" if setting.coupled else "made")
         return removal.apply(captured, what="channels", calibration=data).module
 
     return prune
@@ -214,7 +219,8 @@ def chosen(contestants: dict[str, Prune], target: float, full: int, known: dict[
     return found
 
 
-def rows_of(name: str, seed: int, known: dict[tuple[str, float], dict[str, float]], quick: bool) -> Iterator[Row]:
+def rows_of(name: str, seed: int, known: dict[tuple[str, float], dict[str, float]], quick: bool,
+            settings: tuple[Setting, ...] = SETTINGS) -> Iterator[Row]:
     """Train once, then every setting, target and contestant. How many channels a local ranking takes depends neither on
     the weights nor on the criterion, so its ratios are searched once."""
     torch.manual_seed(seed)
@@ -223,8 +229,9 @@ def rows_of(name: str, seed: int, known: dict[tuple[str, float], dict[str, float
     model = subject.build()
     train(model, train_split, 2 if quick else subject.epochs, seed, 2e-3)
     dense, full = accuracy(model, test), macs(model)
-    for setting in SETTINGS:
-        makers = {who: make for who, make in CONTESTANTS.items() if who == OURS or not setting.data}
+    for setting in settings:
+        alone = setting.data or setting.coupled
+        makers = {who: make for who, make in CONTESTANTS.items() if who == OURS or not alone}
         for share in TARGETS:
             contestants = {who: make(model, setting, train_split) for who, make in makers.items()}
             ratios = known.setdefault((name, share), {}) if setting.scope == "local" else {}
@@ -247,11 +254,14 @@ def table(rows: list[Row]) -> str:
     """Markdown: a line for each network, criterion and target. The last column is ours minus theirs, seed by seed."""
     head = ["network", "criterion", "MACs left", "before tuning: ours", "Torch-Pruning", "tuned: ours", "Torch-Pruning",
             "difference"]
-    keys = list(dict.fromkeys((row["model"], row["by"], row["scope"], row["target"]) for row in rows))
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["model"], row["by"], row["scope"], row["target"]), []).append(row)
     lines = []
-    for key in keys:
-        mine = [row for row in rows if (row["model"], row["by"], row["scope"], row["target"]) == key]
-        by = {who: {row["seed"]: row for row in mine if row["who"] == who} for who in (OURS, PEER)}
+    for key, mine in groups.items():
+        theirs = groups.get((key[0], key[1].removesuffix(COUPLED), *key[2:]), [])
+        by = {who: {row["seed"]: row for row in found if row["who"] == who} for who, found in (
+            (OURS, mine), (PEER, theirs))}
         left = statistics.mean(float(row["macs"]) for row in mine)
         cells = [mean_and_spread([float(row[what]) for row in by[who].values()]) if by[who] else "-"
                  for what in ("pruned", "tuned") for who in (OURS, PEER)]
@@ -285,25 +295,45 @@ def _once(rows: list[Row], name: str) -> list[Row]:
     return list({row["seed"]: row for row in rows if row["model"] == name}.values())
 
 
+def ordered(rows: list[Row]) -> list[Row]:
+    """As a run over everything writes them."""
+    settings, models = [(setting.name, setting.scope) for setting in SETTINGS], list(SUBJECTS)
+    return sorted(rows, key=lambda row: (models.index(row["model"]), int(row["seed"]),
+                                         settings.index((row["by"], row["scope"]))))
+
+
+def ratios_of(rows: list[Row]) -> dict[tuple[str, float], dict[str, float]]:
+    """The ratios that an earlier run found, of local rankings: they hold for any criterion."""
+    known: dict[tuple[str, float], dict[str, float]] = {}
+    for row in rows:
+        if row["scope"] == "local":
+            known.setdefault((row["model"], float(row["target"])), {})[row["who"]] = float(row["ratio"])
+    return known
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--only", choices=SUBJECTS, help="one network alone; the rows of the other stay")
+    parser.add_argument("--row", choices=sorted({setting.name for setting in SETTINGS}),
+                        help="one criterion alone; the rows of the others stay")
     parser.add_argument("--quick", action="store_true", help="2 epochs of training, 1 of fine-tuning")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--show", action="store_true", help="print the table of the CSV and stop")
     args = parser.parse_args()
     torch.set_num_threads(1)
     names = [] if args.show else [args.only] if args.only else list(SUBJECTS)
-    rows: list[Row] = [row for row in read(args.out) if row["model"] not in names]
-    known: dict[tuple[str, float], dict[str, float]] = {}
+    rows: list[Row] = read(args.out)
+    known = ratios_of(rows) if args.row else {}
+    rows = [row for row in rows if row["model"] not in names or args.row not in (None, row["by"])]
+    settings = tuple(setting for setting in SETTINGS if args.row in (None, setting.name))
     for name in names:
         for seed in range(args.seeds):
-            for row in rows_of(name, seed, known, args.quick):
+            for row in rows_of(name, seed, known, args.quick, settings):
                 rows.append(row)
                 print(*row.values(), file=sys.stderr, flush=True)
-            write(args.out, rows, COLUMNS)
-    print(table(rows))
+            write(args.out, ordered(rows), COLUMNS)
+    print(table(read(args.out)))
 
 
 if __name__ == "__main__":

@@ -50,7 +50,8 @@ class Remove(Pass):
                         "its scores in each of them", "mean")
     slices: str = param(
         Choice(("made", "coupled")), "which weights `by` sees of a channel: those that make it, or also its readers' "
-        "and the scales of norms, what each tensor scores divided by its mean (Fang et al., \"DepGraph\", 2023)", "made")
+        "and the scales of norms, what each tensor scores divided by its mean (Fang et al., \"DepGraph\", 2023)",
+        "made")
     normalize: str = param(Choice(("auto", "none", "mean", "max", "standard")), "make scores of groups that are ranked "
                            "together comparable: divided by the group's mean or largest, or standardised; `auto` takes "
                            "the mean, and none for criteria that compare as they are (with `slices = made`)", "auto")
