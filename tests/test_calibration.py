@@ -391,6 +391,38 @@ def test_a_criterion_of_ones_own_sees_responses(captured: Captured) -> None:
         CRITERIA.unregister("variance_of_values")
 
 
+@pytest.mark.parametrize(("build", "selected", "path"), [
+    (lambda: nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), "self_attn", "self_attn"),
+    (lambda: nn.LSTM(16, 8, batch_first=True), "0", "0"),
+])
+def test_a_note_names_layers_that_are_not_compensated_inside(build, selected: str, path: str) -> None:
+    model = wake(nn.Sequential(build(), First(), nn.Linear(8, 3)) if path == "0" else build())
+    data = torch.randn(8, 5, 16)
+    captured = fxcompress.capture(model, (data[:2],))
+    what = "channels" if path == "0" else "heads"
+    wanted = f"not compensated: what leaves is read inside of {path}, where its mean can't be measured"
+    for batches, times in ((data, 1), (None, 0)):
+        _, outcome = removed(captured, batches, (selected,), what)
+        assert outcome.notes.count(wanted) == times
+    _, outcome = removed(captured, data, (selected,), what, compensate=False)
+    assert wanted not in outcome.notes
+
+
+class First(nn.Module):
+    """The output of a recurrent layer, without its states."""
+
+    def forward(self, given: tuple[Tensor, Tensor]) -> Tensor:
+        return given[0]
+
+
+def test_an_input_that_shrinks_is_compensated_and_not_noted() -> None:
+    model = wake(nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.LSTM(8, 6, batch_first=True), First(), nn.Linear(6, 3)))
+    data = torch.randn(8, 5, 16)
+    _, outcome = removed(fxcompress.capture(model, (data[:2],)), data, ("0",))
+    assert any(note.startswith("compensated") for note in outcome.notes)
+    assert not any(note.startswith("not compensated") for note in outcome.notes)
+
+
 def test_what_is_read_inside_of_a_module_has_no_response() -> None:
     model = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True).eval()
     captured = fxcompress.capture(model, (torch.randn(2, 5, 16),))

@@ -58,6 +58,7 @@ class Fold:
     channels: set[int] = field(default_factory=set)  # the components whose mean is folded
     uneven: list[str] = field(default_factory=list)  # readers whose places get different amounts
     left: list[str] = field(default_factory=list)
+    inside: list[str] = field(default_factory=list)  # readers of channels that arise in them
 
     def gather(self) -> Fold:
         """Find what each reader gets from channels that leave."""
@@ -86,8 +87,12 @@ class Fold:
 
     def _read(self, entry: Consumed) -> None:
         gone = (entry.labels >= 0) & self.gone[entry.labels]
-        places = places_of(self.coupling, entry, self._live) if gone.any() else []
+        if not gone.any():
+            return
+        places = places_of(self.coupling, entry, self._live)
         if not places:
+            if self.measured is not None:
+                self.inside.append(_name(entry.node))
             return
         values = {place: self._value(place, gone) for place in places}
         if not any(bool(value.any()) for value in values.values()):
@@ -217,6 +222,9 @@ class Fold:
                          "padding, or a transposed kernel)")
         if self.left:
             found.append(f"what removed channels gave {_listed(self.left)} is dropped: there is no bias to take it")
+        if self.inside:
+            found.append(f"not compensated: what leaves is read inside of {_listed(self.inside)}, where its mean "
+                         "can't be measured")
         return found
 
 
