@@ -45,8 +45,9 @@ def _record(captured: Captured, pass_: Pass, site: Site, outcome: Outcome, befor
     """Put the pass's changes into the provenance of the layers it changed, where the pass itself has not."""
     by_name: dict[str, list[fx.Node]] = {}
     for node in captured.module.graph.nodes:
-        for name in {node.name, path_of(node)}:
-            by_name.setdefault(name, []).append(node)
+        if len(origins_of(node)) == len(before.origins.get(node.name, ())):
+            for name in {node.name, path_of(node)}:
+                by_name.setdefault(name, []).append(node)
     for change in outcome.changes:
         for node in by_name.get(change.path, ()):
             if len(origins_of(node)) == len(before.origins.get(node.name, ())):

@@ -12,7 +12,7 @@ from torchvision.ops import StochasticDepth
 from .captured import Captured, Example, code_of
 from .modes import merge_modes
 from .modules import MODULES
-from .ops import call
+from .ops import call, submodule
 from .probe import Fakes
 from .propagate import Results, drop_dead, write_facts
 from .trace import Traced, drop_rate, leaf_kind
@@ -55,7 +55,7 @@ def assemble(
 
 def _leaf(model: nn.Module, path: str, traced: Traced) -> nn.Module:
     """The module that stays at `path`: the model's own, or a plain one that computes the same."""
-    module = model.get_submodule(path)
+    module = submodule(model, path)
     if path in traced.twins:
         return make_twin(module, traced.twins[path])
     if leaf_kind(module) == "stochastic_depth" and not isinstance(module, StochasticDepth):

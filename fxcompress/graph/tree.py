@@ -39,8 +39,9 @@ def own(tensor: Tensor) -> Tensor:
     is written, so that a copy that is cut before it is trained never exists whole. (Writes that torch doesn't see,
     through a NumPy array made of `tensor` before, are seen by both.)"""
     lazy = getattr(torch, "_lazy_clone", None)
-    whole = tensor.device.type == "cpu" and tensor.layout == torch.strided and (
-        tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size() >= _SMALL)
+    size = tensor.numel() * tensor.element_size()
+    whole = size >= _SMALL and tensor.device.type == "cpu" and tensor.layout == torch.strided and (
+        tensor.untyped_storage().nbytes() == size)
     if lazy is None or not whole:
         return tensor.clone()
     try:
@@ -60,8 +61,8 @@ def clone_model(model: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module
     return copied
 
 
-def _is_cache(name: str, value: object) -> bool:
-    return "cache" in name and type(value) is dict and all(isinstance(item, Tensor) for item in value.values())
+def _is_cache(value: object) -> bool:
+    return type(value) is dict and all(isinstance(item, Tensor) for item in value.values())
 
 
 def _copies(model: nn.Module, make: Callable[[Tensor], Tensor]) -> dict[int, Any]:
@@ -70,13 +71,17 @@ def _copies(model: nn.Module, make: Callable[[Tensor], Tensor]) -> dict[int, Any
     modules = list(model.modules())
     memo = copy_tensors(modules, make)
     for module in modules:
-        memo.update({id(value): {} for name, value in module.__dict__.items() if _is_cache(name, value)})
+        memo.update({id(value): {} for name, value in module.__dict__.items()
+                     if "cache" in name and _is_cache(value)})
     plain = [module for module in modules if _copies_by_state(type(module))]  # type: ignore[arg-type]
     for module in plain:
         memo[id(module)] = type(module).__new__(type(module))
     for module in plain:
-        memo[id(module)].__dict__.update({name: value if type(value) in _ATOMS else _copied(value, memo)
-                                          for name, value in module.__dict__.items()})
+        state = memo[id(module)].__dict__
+        for name, value in module.__dict__.items():
+            kind = type(value)
+            empty = kind in _HOOKS and not value  # most attributes are, or atoms
+            state[name] = value if kind in _ATOMS else kind() if empty else _copied(value, memo)
     return memo
 
 
@@ -127,7 +132,7 @@ def _plain(module: nn.Module, path: str, leaves: dict[str, nn.Module]) -> nn.Mod
     if leaf is not None:
         return leaf
     box = nn.Module()
-    box.train(module.training)
+    box.training = module.training
     box._parameters.update(module._parameters)
     box._buffers.update(module._buffers)
     box._non_persistent_buffers_set |= module._non_persistent_buffers_set

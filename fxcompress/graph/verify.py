@@ -53,7 +53,7 @@ class Before:
             state=frozenset(state),
             readers=readers(captured, state),
             trained={name: value.requires_grad for name, value in captured.module.named_parameters()},
-            kinds=frozenset(kind_of(node) for node in graph.nodes),
+            kinds=frozenset(getattr(node.meta.get("fxc"), "kind", "") or kind_of(node) for node in graph.nodes),
         )
 
 
@@ -228,7 +228,7 @@ def _provenance(captured: Captured, before: Before) -> Iterator[Violation]:
 
 def _gradients(captured: Captured, before: Before) -> Iterator[Violation]:
     now = dict(captured.module.named_parameters())
-    buffers = dict(captured.module.named_buffers())
+    buffers = dict(captured.module.named_buffers()) if before.trained.keys() - now.keys() else {}
     for name, trained in before.trained.items():
         if name in buffers:
             yield Violation(name, "it was a parameter and is a buffer")
