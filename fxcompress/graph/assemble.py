@@ -69,7 +69,7 @@ def _leaf(model: nn.Module, path: str, traced: Traced) -> nn.Module:
 def _out_of_place(leaves: Mapping[str, nn.Module]) -> None:
     """Let no module work in place: what reads its input afterwards reads its result by now (`writes.py`)."""
     for leaf in leaves.values():
-        if getattr(leaf, "inplace", False):
+        if leaf.__dict__.get("inplace", False):
             leaf.inplace = False  # type: ignore[assignment]
 
 

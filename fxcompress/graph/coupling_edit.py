@@ -51,7 +51,8 @@ class Edit:
         known = self._kept.get(id(dim))
         if known is None:
             mask: Kept = self._stays[dim]
-            known = self._kept[id(dim)] = dim, None if np.count_nonzero(mask) == len(mask) else mask  # holds `dim`, so that its id stays its own
+            whole = np.count_nonzero(mask) == len(mask)
+            known = self._kept[id(dim)] = dim, None if whole else mask  # holds `dim`, so that its id stays its own
         return known[1]
 
     def changed(self, dim: Dim) -> bool:

@@ -216,7 +216,7 @@ def _check_batch(program: ExportedProgram, fakes: Fakes) -> None:
 def _record(
     program: ExportedProgram, model: nn.Module, inputs: Inputs, fakes: Fakes, training: bool, reads_training: bool
 ) -> Traced:
-    recorder = Recorder(fx.Graph(), fakes, state_names(model), fakes.device)
+    recorder = Recorder(fx.Graph(), fakes, state_names(model.named_modules()), fakes.device)
     twins = Twins(recorder, training)
     recorder.twin = twins.match
     replay = _Replay(program, model, recorder, twins)

@@ -124,7 +124,8 @@ def fact_of(node: fx.Node, results: tuple[Any, ...], root: nn.Module, value_of: 
     return NodeFact(
         kind, path, shape, dtype=_over(first, _dtype, None), dynamic=_dynamic(results),
         params=sum([t.numel() for t in held if isinstance(t, nn.Parameter)]) if held else 0,
-        macs=macs_of(kind, node, first, value_of), bytes=_size(held) if held else 0, value_bytes=_bytes(first) if node.op not in ("get_attr", "output") else 0,
+        macs=macs_of(kind, node, first, value_of), bytes=_size(held) if held else 0,
+        value_bytes=_bytes(first) if node.op not in ("get_attr", "output") else 0,
         source=str(node.meta.get("source", "")))
 
 

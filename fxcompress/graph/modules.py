@@ -108,9 +108,9 @@ def module_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[s
     inputs: dict[str, Any] = {name: _INPUT_DEFAULTS.get(name) for name in leaf.inputs}
     inputs.update(zip(leaf.inputs, args, strict=False))
     inputs.update(kwargs)
-    chains = module._modules.get("parametrizations")
+    chains, held = module._modules.get("parametrizations"), {**module._buffers, **module._parameters}
     for name in leaf.tensors:
-        inputs[name] = getattr(module, name) if chains is None else _tensor(module, name, chains)
+        inputs[name] = held[name] if name in held else _tensor(module, name, chains or ())
     for name in leaf.settings:
         inputs[name] = getattr(module, name)
     return inputs

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -131,7 +131,7 @@ class _Run:
         try:
             with torch._C.DisableTorchFunction():
                 result = self.recorder.emit_module(path, args, kwargs, module)
-                if getattr(module, "inplace", False):
+                if module.__dict__.get("inplace", False):
                     worked_in_place(self.recorder, (*args, *kwargs.values())[0], result)
                 return result
         finally:
@@ -198,10 +198,10 @@ def _calls_to(run: _Run) -> Iterator[None]:
         nn.Module.__call__ = _orig_call  # type: ignore[method-assign]
 
 
-def state_names(model: nn.Module) -> dict[int, str]:
-    """The name of every parameter and buffer, by id; of a shared one the first."""
+def state_names(named: Iterable[tuple[str, nn.Module]]) -> dict[int, str]:
+    """The name of every parameter and buffer of a model with these modules, by id; of a shared one the first."""
     names: dict[int, str] = {}
-    for path, module in model.named_modules():
+    for path, module in named:
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
                 names.setdefault(id(tensor), f"{path}.{name}" if path else name)
@@ -215,10 +215,11 @@ def trace(model: nn.Module, args: Mapping[str, Any], call: Callable[..., Any], f
     Raises UntraceableError, with the model's line, where its code does what a graph can't hold, BatchFixedError
     where it only works at the example's batch size.
     """
-    recorder = Recorder(fx.Graph(), fakes, state_names(model), fakes.device)
+    named = list(model.named_modules())
+    recorder = Recorder(fx.Graph(), fakes, state_names(named), fakes.device)
     twins = Twins(recorder, training)
     recorder.twin = twins.match
-    run = _Run(recorder, {module: name for name, module in reversed(list(model.named_modules()))}, twins)
+    run = _Run(recorder, {module: name for name, module in reversed(named)}, twins)
     inputs = {name: recorder.input(name, example) for name, example in args.items()}
     with watched_modes(training, lambda: run.executing) as reads, _calls_to(run), torch.enable_grad(), _Mode(recorder):
         output = _run_traced(recorder, model, call, inputs)

@@ -132,10 +132,10 @@ def _plain(module: nn.Module, path: str, leaves: dict[str, nn.Module]) -> nn.Mod
     if leaf is not None:
         return leaf
     box = nn.Module()
-    box.training = module.training
+    box.__dict__["training"] = module.training  # setting an attribute of a module looks for what it may replace
     box._parameters.update(module._parameters)
     box._buffers.update(module._buffers)
-    box._non_persistent_buffers_set |= module._non_persistent_buffers_set
+    box._non_persistent_buffers_set.update(module._non_persistent_buffers_set)
     for name, child in module._modules.items():
         made = None if child is None else _plain(child, f"{path}.{name}" if path else name, leaves)
         if made is not None:

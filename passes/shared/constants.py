@@ -45,7 +45,7 @@ def _possible(coupling: Coupling) -> bool:
             module = module_of(node)
             weight = module._parameters.get("weight")
             if weight is not None:
-                first = weight.as_strided((len(weight),), weight.stride()[:1])
+                first = weight if weight.dim() == 1 else weight.as_strided(weight.shape[:1], weight.stride()[:1])
                 firsts.setdefault((weight.device, weight.dtype), []).append(first)
             elif "parametrizations" in module._modules:  # computed from others
                 return True
