@@ -3,9 +3,10 @@
     python benchmarks/remove_speed.py [--repeat 5] [--out benchmarks/results/remove_speed.csv]
     python benchmarks/remove_speed.py --show           # the table of the CSV, without running anything
 
-Every measurement is a fresh process of one thread on one pinned core, the contestants alternating; seconds are
-processor time of the second time in the process, so that imports and what is made on first use aren't counted. Ours are capture, analysis and rewriting, without the proof;
-theirs are building the dependency graph and pruning, with the settings that its examples recommend.
+Every measurement is a fresh process of one thread on one pinned core, the contestants alternating. Seconds are
+processor time of the second time in the process, so that imports and what is made on first use aren't counted. Ours are
+capture, analysis and rewriting, without the proof; theirs are building the dependency graph and pruning, with the
+settings that its examples recommend.
 """
 
 from __future__ import annotations
