@@ -125,6 +125,18 @@ def test_depthwise_filters_and_the_columns_of_every_group_count() -> None:
     assert close(shown(captured, "g.weight", dim=1, by="l1"), wanted)
 
 
+def test_whole_groups_of_a_transposed_convolution_count() -> None:
+    def run(m, x):
+        return m.fc(F.relu(m.t(m.a(x))).mean((2, 3)))
+
+    model = wake(Net(run, a=conv(3, 8), t=nn.ConvTranspose2d(8, 12, 3, groups=4), fc=nn.Linear(12, 5)))
+    captured = captured_of(model, picture())
+    pairs, triples = [tuple(t.reshape(4, -1) for t in made(layer.weight)) for layer in (model.a, model.t)], [
+        tuple(t.reshape(4, -1) for t in read(model.fc.weight))]  # what two channels make, three of the next are of
+    found = shown(captured, "a.weight", by="l2")
+    assert close(found, scores_by("l2", "mean", [*pairs, *triples]).repeat_interleave(2))
+
+
 def test_masked_functional_and_raw_weights_count_as_they_are_computed_with() -> None:
     def run(m, x):
         return (F.relu(m.a(x)) @ m.w) + F.linear(F.relu(m.a(x)), m.v)

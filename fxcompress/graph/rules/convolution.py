@@ -100,7 +100,7 @@ def transposed(flow: Flow, node: fx.Node, args: Mapping[str, Any]) -> Value:
         by_group(flow, x, groups, reps)
         flow.fix(weight[1], "is the width of a group of which all or nothing leaves")
         out = np.repeat(reps, shape_of(node)[channel] // groups)
-        flow.produce(out, *((name, 0) for name in source if wide == 1), follows=True)
+        flow.produce(out, *((name, 0) for name in source), follows=True)
     else:
         flow.consume_parameter(args, "weight", 0, x)
         by_offset(flow, x, groups)
