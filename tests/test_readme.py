@@ -113,8 +113,8 @@ def test_a_table_follows_its_file_and_needs_it(monkeypatch: pytest.MonkeyPatch, 
     assert readme.filled(text) == "before\n<!-- one: begin -->\nnew \\1\n<!-- one: end -->\nafter\n"
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/design.md", "docs/removal.md", "docs/calibration.md",
-                                  "docs/adr/README.md"])
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/design.md", "docs/removal.md",
+                                  "docs/calibration.md", "docs/adr/README.md"])
 def test_links_lead_somewhere(name: str) -> None:
     page = ROOT / name
     links = re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
