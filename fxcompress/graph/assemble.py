@@ -16,7 +16,7 @@ from .ops import call, submodule
 from .probe import Fakes
 from .propagate import Results, drop_dead, write_facts
 from .trace import Traced, drop_rate, leaf_kind
-from .tree import graph_module, plain_tree
+from .tree import graph_module, named_tensors, plain_tree
 from .twins import make_twin
 
 
@@ -45,7 +45,7 @@ def assemble(
     results = {node: traced.recorder.results[node] for node in graph.nodes if node in traced.recorder.results}
     _complete(graph, module, recorder.fakes, results)
     write_facts(graph, module, results)
-    named = dict(module.named_parameters(remove_duplicate=False))
+    named = named_tensors(module).parameters
     unread = _unread(graph, named)
     if unread:
         notes.append(f"not read by the graph, kept in state_dict: {', '.join(unread)}")

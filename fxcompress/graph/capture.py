@@ -18,7 +18,7 @@ from .probe import Fakes, collecting_later, quiet
 from .propagate import device_of
 from .provenance import recall
 from .trace import Traced, trace
-from .tree import clone_model, meta, own
+from .tree import clone_model, meta, named_tensors, own
 from .values import BatchFixedError
 
 Way = Literal["auto", "fx", "export"]
@@ -124,7 +124,7 @@ def _check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise _error("FXC0403", f"a `{type(model).__name__}` is not a torch.nn.Module",
                      help="pass the model itself; for a factory, call it first")
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_tensors(model).parameters.items():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise _error("FXC0403", f"the parameter `{name}` has no shape yet: it belongs to a lazy module",
                          help="run the model once on an input, then capture it")

@@ -19,6 +19,7 @@ from .modules import leaf_of
 from .ops import BY_TARGET, kind_of, module_of, path_of, submodule
 from .provenance import origins_of
 from .select import label
+from .tree import named_tensors
 
 if TYPE_CHECKING:
     from ..passbase import Pass
@@ -44,15 +45,15 @@ class Before:
     def of(cls, captured: Captured) -> Before:
         """Remember `captured` as it is now; its facts must be current."""
         graph = captured.module.graph
-        state = captured.module.state_dict(keep_vars=True)
+        named = named_tensors(captured.module)
         return cls(
             inputs=tuple(str(node.target) for node in graph.nodes if node.op == "placeholder"),
             results=results_of(graph),
             nodes={node.name: signature(node) for node in graph.nodes},
             origins={node.name: origins_of(node) for node in graph.nodes},
-            state=frozenset(state),
-            readers=readers(captured, state),
-            trained={name: value.requires_grad for name, value in captured.module.named_parameters()},
+            state=frozenset(named.state),
+            readers=readers(captured, named.state),
+            trained={name: value.requires_grad for name, value in named.parameters.items()},
             kinds=frozenset(getattr(node.meta.get("fxc"), "kind", "") or kind_of(node) for node in graph.nodes),
         )
 
@@ -180,7 +181,7 @@ def _shown(results: Any) -> str:
 
 
 def _state(captured: Captured, before: Before) -> Iterator[Violation]:
-    now = captured.module.state_dict(keep_vars=True)
+    now = dict.fromkeys(named_tensors(captured.module).state)
     read = readers(captured, now)
     present = {node.name for node in captured.module.graph.nodes}
     for key, reader in before.readers.items():
@@ -227,8 +228,8 @@ def _provenance(captured: Captured, before: Before) -> Iterator[Violation]:
 
 
 def _gradients(captured: Captured, before: Before) -> Iterator[Violation]:
-    now = dict(captured.module.named_parameters())
-    buffers = dict(captured.module.named_buffers()) if before.trained.keys() - now.keys() else {}
+    named = named_tensors(captured.module)
+    now, buffers = named.parameters, named.buffers
     for name, trained in before.trained.items():
         if name in buffers:
             yield Violation(name, "it was a parameter and is a buffer")
