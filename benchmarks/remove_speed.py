@@ -52,8 +52,8 @@ def table(rows: list[Row]) -> str:
                       f"{min(ratios):.2f}, {max(ratios):.2f}"])
     repeats = len({row["repeat"] for row in rows})
     return markdown(head, lines) + (
-        f"\n\nProcessor seconds, one thread, without imports; medians of {repeats} pairs of fresh processes, in turn. "
-        "Nothing was told to fxcompress; Torch-Pruning was told the classifier and the head counts.")
+        f"\n\nProcessor seconds of the second run in a process, one thread; medians of {repeats} pairs of fresh "
+        "processes, in turn. Nothing was told to fxcompress; Torch-Pruning was told the classifier and the head counts.")
 
 
 def main() -> None:
