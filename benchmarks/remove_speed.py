@@ -53,7 +53,7 @@ def table(rows: list[Row]) -> str:
     repeats = len({row["repeat"] for row in rows})
     return markdown(head, lines) + (
         f"\n\nProcessor seconds of the second run in a process, one thread; medians of {repeats} pairs of fresh "
-        "processes, in turn. Nothing was told to fxcompress; Torch-Pruning was told the classifier and the head counts.")
+        "processes, in turn. Nothing was told to fxcompress; Torch-Pruning was told the classifier and head counts.")
 
 
 def main() -> None:
