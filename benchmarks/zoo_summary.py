@@ -23,8 +23,9 @@ def seconds(row: Mapping[str, Any]) -> float:
 def summary(rows: list[Row]) -> str:
     """Markdown: the table of the suites, that of the peer if it ran, and the models that failed, with the reasons."""
     parts = [suites(rows)]
-    if any(row.get("peer_ok") not in (None, "") for row in rows):
-        parts.append(peers(rows))
+    compared = [row for row in rows if row.get("peer_ok") not in (None, "")]
+    if compared:
+        parts.append(peers(compared))
     parts.append(failures(rows))
     return "\n\n".join(part for part in parts if part)
 
