@@ -18,7 +18,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import fxcompress
@@ -29,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples/lenet_mnist"))
 from digits import Split, accuracy, digits
 from lenet import LeNet5
 from tables import Row, markdown, read, write
+from training import train
 
 RESULTS = Path(__file__).parent / "results/compensate.csv"
 COLUMNS = ("seed", "by", "ratio", "dense", "without", "with", "error_without", "error_with")
@@ -37,27 +37,12 @@ RATIOS = (0.1, 0.3, 0.5, 0.7)
 SAMPLES = 512
 
 
-def train(model: nn.Module, split: Split, epochs: int, seed: int) -> None:
-    """Adam, cross entropy, a cosine learning rate. Ends in evaluation mode."""
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs, eta_min=1e-5)
-    model.train()
-    for _ in range(epochs):
-        for images, labels in split.batches(generator):
-            optimizer.zero_grad()
-            F.cross_entropy(model(images), labels).backward()
-            optimizer.step()
-        schedule.step()
-    model.eval()
-
-
 def run(seed: int, epochs: int) -> list[Row]:
     """One network, and what is left of its accuracy after each removal."""
     torch.manual_seed(seed)
     training, test = digits(seed)
     model = LeNet5()
-    train(model, training, epochs, seed)
+    train(model, training, epochs, seed, 1e-3)
     captured = fxcompress.capture(model, (torch.zeros(2, 1, 28, 28),))
     chosen = torch.randperm(len(training.labels), generator=torch.Generator().manual_seed(seed))[:SAMPLES]
     rows: list[Row] = []
