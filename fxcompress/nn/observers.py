@@ -15,6 +15,7 @@ from .scheme import Scheme
 BINS = 2048
 _FINE, _COARSE = 70, 50  # shares of the full range that are tried: evenly from 1 to 0.3, geometrically to `_LEAST`
 _LEAST = 0.01
+_ELEMENTS = 2**20  # that are computed with at a time
 _ROUNDS, _PLACES = 4, 48  # of `histogram`: rounds over both ends, candidates for an end
 
 
@@ -118,11 +119,17 @@ class HistogramObserver(Observer):
         middle = (torch.arange(BINS, device=self.low.device) + 0.5) / BINS
         return self.low[:, None] + (self.high - self.low)[:, None] * middle
 
-    def error(self, scheme: Scheme, low: Tensor, high: Tensor) -> Tensor:
-        """The sum of squared differences that quantizing with a range gives, [rows]; values lie at the centers."""
-        scale, zero = (part[:, None] for part in scheme.parameters(low, high))
-        integers = ((self.centers / scale).round() + zero).clamp(scheme.low, scheme.high)
-        return ((self.centers - (integers - zero) * scale).square() * self.counts).sum(1)
+    def errors(self, scheme: Scheme, low: Tensor, high: Tensor) -> Tensor:
+        """The sum of squared differences that quantizing with each of several ranges gives: [tries, rows], as `low` and
+        `high` are. Values lie at the centers. Takes the memory of a few tries at a time."""
+        centers, found = self.centers, []
+        few = max(1, _ELEMENTS // centers.numel())
+        for lows, highs in zip(low.split(few), high.split(few), strict=True):
+            scale, zero = (part[..., None] for part in scheme.parameters(lows, highs))
+            integers = (centers / scale).round_().add_(zero).clamp_(scheme.low, scheme.high)
+            apart = integers.sub_(zero).mul_(scale).sub_(centers).square_()
+            found.append(torch.einsum("trb,rb->tr", apart, self.counts))
+        return torch.cat(found)
 
 
 class Percentile(HistogramObserver):
@@ -150,8 +157,7 @@ class Mse(HistogramObserver):
     def range(self, scheme: Scheme) -> tuple[Tensor, Tensor]:
         """The best (low, high) of each row."""
         factors = _shares(self.low.device)
-        errors = torch.stack([self.error(scheme, self.low * factor, self.high * factor) for factor in factors])
-        best = factors[errors.argmin(0)]
+        best = factors[self.errors(scheme, factors[:, None] * self.low, factors[:, None] * self.high).argmin(0)]
         return self.low * best, self.high * best
 
 
@@ -169,11 +175,9 @@ class Histogram(Mse):
         for round_ in range(_ROUNDS):
             for side in (1, 0):
                 candidates = torch.cat([factors[side][None], (factors[side] + steps / 4**round_).clamp(_LEAST, 1.0)])
-                errors = []
-                for candidate in candidates:
-                    factors[side] = candidate
-                    errors.append(self.error(scheme, *(ends * factors)))
-                factors[side] = candidates.gather(0, torch.stack(errors).argmin(0)[None])[0]
+                tried = (ends * factors)[:, None].repeat(1, len(candidates), 1)
+                tried[side] = ends[side] * candidates
+                factors[side] = candidates.gather(0, self.errors(scheme, *tried).argmin(0)[None])[0]
         low, high = ends * factors
         return low, high
 
