@@ -124,7 +124,7 @@ class HistogramObserver(Observer):
         `high` are. Values lie at the centers. Takes the memory of a few tries at a time."""
         centers, found = self.centers, []
         few = max(1, _ELEMENTS // centers.numel())
-        for lows, highs in zip(low.split(few), high.split(few), strict=True):
+        for lows, highs in zip(torch.split(low, few), torch.split(high, few), strict=True):
             scale, zero = (part[..., None] for part in scheme.parameters(lows, highs))
             integers = (centers / scale).round_().add_(zero).clamp_(scheme.low, scheme.high)
             apart = integers.sub_(zero).mul_(scale).sub_(centers).square_()
