@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples/lenet_mnist"))
 from digits import Split, accuracy, digits
 from lenet import LeNet5
 from tables import Row, markdown, read, write
+from training import train
 
 Prune = Callable[[float], nn.Module]  # ratio -> what is left
 EXAMPLE = torch.zeros(2, 1, 28, 28)
@@ -103,21 +104,6 @@ SETTINGS = (Setting("l2"), Setting("l2", coupled=True), Setting("l2", "global"),
 TARGETS = (0.5, 0.25)
 COUPLED = ", coupled"
 SEEN = 512  # training images that gradients and moments are taken over
-
-
-def train(model: nn.Module, split: Split, epochs: int, seed: int, rate: float) -> None:
-    """Adam, cross entropy, a cosine learning rate; the same batches for the same seed. Ends in evaluation mode."""
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs, eta_min=rate / 100)
-    model.train()
-    for _ in range(epochs):
-        for images, labels in split.batches(generator):
-            optimizer.zero_grad()
-            F.cross_entropy(model(images), labels).backward()
-            optimizer.step()
-        schedule.step()
-    model.eval()
 
 
 def macs(model: nn.Module) -> int:
