@@ -14,11 +14,14 @@ from ..graph.calibration import Calibration, inputs_of
 from ..graph.captured import Captured
 from ..graph.interpret import evaluating, values_of
 from ..graph.ops import kind_of, module_of
-from ..nn import IntConv2d, IntLinear
+from ..nn import IntConv2d, IntLinear, Quantizer
 from ..passes.shared.calibrating import uncalibrated
 from ..passes.shared.integer import regions_of
 
-TOLERANCE = 0.05  # root mean square of (kernels − simulation) over that of the simulation
+# Root mean square of (kernels − simulation) over that of the simulation. Where a sum lies next to the edge between two
+# integers, either side may take it, and in a deep model such differences grow to what rounding as a whole changes: so
+# much is let pass where it is more.
+TOLERANCE = 0.05
 _STEPS = 1.5  # how far integers may lie apart from those of the simulation, in the mean, where it goes wrong
 
 
@@ -45,14 +48,16 @@ def to_kernels(captured: Captured, data: Calibration | None) -> list[str]:
     """
     inputs = _first(captured, data)
     simulated = captured.copy()
+    promised = _results(simulated, inputs)
+    allowed = max(TOLERANCE, _apart(_results(_without_rounding(captured), inputs), promised))
     done = lower(captured)
     captured.refresh()
-    gap = _gap(simulated, captured, inputs)
-    if not gap <= TOLERANCE:
+    gap = _apart(_results(captured, inputs), promised)
+    if not gap <= allowed:
         raise PlanError([Diagnostic(
             "FXC0573", f"the integer kernels depart from the simulation by {gap:.1%}",
-            notes=(f"up to {TOLERANCE:.0%} of the result's root mean square are let pass", *_culprit(
-                simulated, captured, done, inputs)),
+            notes=(f"up to {allowed:.1%} of the result's root mean square are let pass: {TOLERANCE:.0%}, or what "
+                   "rounding itself changes", *_culprit(simulated, captured, done, inputs)),
             help="leave that layer in float, and report it: the kernels should do what the simulation does")])
     count = len(done.kernels)
     notes = [f"{count} layer{'s' * (count != 1)} in integer kernels, within {gap:.2g} of the simulation"]
@@ -78,14 +83,23 @@ def _tensors(value: Any) -> list[Tensor]:
     return [tensor for item in items for tensor in _tensors(item)]
 
 
-def _gap(simulated: Captured, lowered: Captured, inputs: Sequence[Any]) -> float:
-    """‖kernels − simulation‖ / ‖simulation‖ over all that the model gives."""
-    results = []
-    for captured in (simulated, lowered):
-        with evaluating(captured.module):
-            results.append(_tensors(captured.module(*inputs)))
-    apart = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(*results, strict=True))
-    size = sum(float(a.double().square().sum()) for a in results[0])
+def _without_rounding(captured: Captured) -> Captured:
+    copied = captured.copy()
+    for module in copied.module.modules():
+        if isinstance(module, Quantizer):
+            module.on = False
+    return copied
+
+
+def _results(captured: Captured, inputs: Sequence[Any]) -> list[Tensor]:
+    with evaluating(captured.module):
+        return _tensors(captured.module(*inputs))
+
+
+def _apart(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """‖found − expected‖ / ‖expected‖ over all that the model gives."""
+    apart = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(found, expected, strict=True))
+    size = sum(float(b.double().square().sum()) for b in expected)
     return math.sqrt(apart / size) if size else math.sqrt(apart)
 
 
