@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from ..graph.captured import Captured
 from ..graph.ops import arguments, kind_of, module_of, path_of
 from ..graph.provenance import inherit
+from ..graph.tree import named_tensors
 from ..nn.affine import quantize
 from ..nn.integer import FLOATS, After, Grid, IntConv2d, IntLinear, IntMaxPool2d, ToFloat, ToInteger
 from ..nn.quantizer import Quantizer
@@ -168,8 +169,7 @@ class _Lowering:
         root.delete_all_unused_submodules()
         called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
         read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
-        for name in [*dict(root.named_parameters(remove_duplicate=False)),
-                     *dict(root.named_buffers(remove_duplicate=False))]:
+        for name in named_tensors(root).all:
             path, _, leaf = name.rpartition(".")
             if name not in read and not any(path == at or path.startswith(f"{at}.") for at in called):
                 delattr(root.get_submodule(path), leaf)

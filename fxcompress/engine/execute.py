@@ -12,6 +12,7 @@ from ..graph.apply import carry_gradients, carry_out
 from ..graph.calibration import Calibration
 from ..graph.captured import Captured
 from ..graph.site import Companion, Cuts, Outcome, Rewriting, Scheduled, Site
+from ..graph.tree import named_tensors
 from ..plan import Binder, Plan, Step, lower
 from ..policy.model import Phase, Policy
 from .follow import Followers
@@ -137,6 +138,4 @@ class Executor:
 
     def _names(self) -> dict[str, Tensor]:
         """Every parameter and buffer under each of its names."""
-        module = self.captured.module
-        return {**dict(module.named_parameters(remove_duplicate=False)),
-                **dict(module.named_buffers(remove_duplicate=False))}
+        return named_tensors(self.captured.module).all

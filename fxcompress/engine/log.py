@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from ..diagnostics import Diagnostic, PlanError
 from ..graph.site import Cuts
+from ..graph.tree import named_tensors
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def follows(done: Sequence[Entry], past: Sequence[Entry]) -> bool:
 def add_missing(module: fx.GraphModule, added: Mapping[str, tuple[int, ...]]) -> bool:
     """Make the parameters `added` that aren't there, as zeros: a rewrite gave a layer a bias, because of weights that
     aren't loaded yet. Returns whether there were any."""
-    known = dict(module.named_parameters(remove_duplicate=False))
+    known = named_tensors(module).parameters
     missing = {name: shape for name, shape in added.items() if name not in known}
     for name, shape in missing.items():
         owner, _, leaf = name.rpartition(".")

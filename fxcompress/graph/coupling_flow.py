@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from .captured import Captured
 from .coupling_computed import computed, held_by
 from .ops import kind_of
+from .tree import named_tensors
 
 Labels = npt.NDArray[np.int64]
 Dim = Labels | None
@@ -112,7 +113,7 @@ class Flow:
         self.nodes = list(module.graph.nodes)
         self.index = {node: place for place, node in enumerate(self.nodes)}
         self.node = self.nodes[0]
-        self._named = named_tensors(module)
+        self._named = named_tensors(module).all
         self._free: dict[int, Labels] = {}  # arrays with no -1 in them, by identity
         self._names: dict[int, list[str]] = {}
         for name, tensor in self._named.items():
@@ -258,21 +259,6 @@ class Flow:
     def module(self) -> nn.Module:
         """The module the current node calls."""
         return self.captured.module.get_submodule(str(self.node.target))
-
-
-def named_tensors(root: nn.Module) -> dict[str, Tensor]:
-    """The parameters and buffers of a module by all their names, as `named_parameters(remove_duplicate=False)` and
-    `named_buffers` give them."""
-    found: dict[str, Tensor] = {}
-    rest = [("", root)]
-    while rest:
-        prefix, module = rest.pop()
-        for held in (module._parameters, module._buffers):
-            for name, tensor in held.items():
-                if tensor is not None:
-                    found[prefix + name] = tensor
-        rest += [(f"{prefix}{name}.", child) for name, child in reversed(module._modules.items()) if child is not None]
-    return found
 
 
 def shape_of(node: object) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ from .comparing import Proof, Run, difference, inputs_of, proven, side_by_side, 
 from .coupling import Coupling
 from .coupling_edit import Kept, kept_of
 from .coupling_flow import Consumed
+from .tree import named_tensors
 
 _REPORT = ("this is a defect of a transfer rule: please report it with the model; until then leave the layers at fault "
            "out of the selection")
@@ -84,7 +85,7 @@ def _zeroed(module: fx.GraphModule, coupling: Coupling, gone: Kept) -> Iterator[
     entries = [(entry, torch.from_numpy(np.flatnonzero((entry.labels >= 0) & gone[entry.labels])))
                for entry in coupling.flow.consumed]
     entries = [(entry, places) for entry, places in entries if len(places)]
-    tensors = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    tensors = named_tensors(module).all
     saved: list[tuple[Tensor, Tensor]] = []
     for entry, places in entries:
         if isinstance(entry.target, str):

@@ -39,6 +39,11 @@ class Named:
     buffers: dict[str, Tensor]
     state: list[str]
 
+    @property
+    def all(self) -> dict[str, Tensor]:
+        """Parameters and buffers."""
+        return {**self.parameters, **self.buffers}
+
 
 def named_tensors(root: nn.Module) -> Named:
     """What `named_parameters`, `named_buffers` and `state_dict` tell, in one walk and a tenth of their time."""

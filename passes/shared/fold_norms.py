@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from fxcompress.graph.captured import Captured
 from fxcompress.graph.ops import arguments, kind_of, module_of, op_of, path_of
+from fxcompress.graph.tree import named_tensors
 from fxcompress.passes.shared.masking import parameter_of
 from fxcompress.passes.shared.weights import expose, unexposable
 
@@ -41,7 +42,7 @@ class _Sharing:
     def __init__(self, captured: Captured) -> None:
         self.captured = captured
         self.calls = Counter(str(node.target) for node in captured.graph.nodes if node.op == "call_module")
-        names = {name: id(tensor) for name, tensor in captured.module.named_parameters(remove_duplicate=False)}
+        names = {name: id(tensor) for name, tensor in named_tensors(captured.module).parameters.items()}
         self.holders = Counter(names.values())
         self.readers = Counter(names[str(node.target)] for node in captured.graph.nodes
                                if node.op == "get_attr" and str(node.target) in names)

@@ -27,6 +27,7 @@ from fxcompress.graph.coupling import Coupling
 from fxcompress.graph.coupling_edit import Kept, kept_of
 from fxcompress.graph.coupling_flow import Consumed, shape_of
 from fxcompress.graph.ops import arguments, kind_of, op_of, path_of
+from fxcompress.graph.tree import named_tensors
 from fxcompress.passes.shared.constants import constants
 from fxcompress.passes.shared.removal_scores import evaluated
 from fxcompress.passes.shared.responses import Measured, live_nodes, places_of
@@ -189,8 +190,7 @@ class Fold:
 
     def _shift(self, sink: Sink, node: fx.Node, shift: Tensor) -> None:
         module = self.coupling.captured.module
-        named = dict(module.named_parameters(remove_duplicate=False)) | dict(
-            module.named_buffers(remove_duplicate=False))
+        named = named_tensors(module).all
         if sink.sign:
             tensor = named[sink.name]
             labels = self.coupling.flow.tensor(sink.name)[0]
