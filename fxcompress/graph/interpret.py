@@ -42,3 +42,18 @@ def values_of(run: fx.Interpreter, inputs: Sequence[Any],
         yield node, run.env[node]
         for dead in ends.get(node, ()):
             del run.env[dead]
+
+
+def evaluated(root: nn.Module, node: fx.Node) -> Any:
+    """The value of a node that only parameters and buffers go into; None for any other."""
+    if node.op == "placeholder":
+        return None
+    if node.op == "get_attr":
+        prefix, _, name = str(node.target).rpartition(".")
+        return getattr(root.get_submodule(prefix), name)
+    values = {source: evaluated(root, source) for source in node.all_input_nodes}
+    if any(value is None for value in values.values()):
+        return None
+    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda source: values[source])
+    function: Any = root.get_submodule(str(node.target)) if node.op == "call_module" else node.target
+    return function(*args, **kwargs)

@@ -45,13 +45,14 @@ class ToInteger(nn.Module):
         """Rounds to the grid `gives`."""
         super().__init__()
         self.gives = gives
+        # In float32, as the simulation has it; on the CPU, whatever device modules are being made on.
+        self._inverse = float(1.0 / torch.tensor(gives.scale, dtype=torch.float32, device="cpu"))
 
     def forward(self, x: Tensor) -> Tensor:
         """uint8, of the shape of `x`; images in the channels-last order that the products want."""
         gives = self.gives
         layout = torch.channels_last if x.dim() == 4 else torch.contiguous_format
-        inverse = 1.0 / torch.tensor(gives.scale, dtype=torch.float32)  # in float32, as the simulation has it
-        q = (x * inverse).round_().add_(gives.zero_point).clamp_(gives.low, gives.high)
+        q = (x * self._inverse).round_().add_(gives.zero_point).clamp_(gives.low, gives.high)
         return q.to(torch.uint8, memory_format=layout)
 
     def extra_repr(self) -> str:

@@ -12,13 +12,14 @@ from torch import Tensor, fx, nn
 from fxcompress.diagnostics import PlanError
 from fxcompress.graph.calibration import missing
 from fxcompress.graph.captured import Captured
+from fxcompress.graph.interpret import evaluated
 from fxcompress.graph.ops import kind_of, path_of
 from fxcompress.graph.residual_blocks import Block
 from fxcompress.graph.select import operators
 from fxcompress.graph.site import Site
 from fxcompress.passes.shared.criteria import Part, Scoring, criterion_of
 from fxcompress.passes.shared.ranking import Scores
-from fxcompress.passes.shared.removal_scores import NORMS, evaluated, part_of
+from fxcompress.passes.shared.removal_scores import NORMS, part_of
 
 if TYPE_CHECKING:
     from fxcompress.passes.remove import Remove

@@ -26,10 +26,10 @@ from fxcompress.graph.calibration import Place
 from fxcompress.graph.coupling import Coupling
 from fxcompress.graph.coupling_edit import Kept, kept_of
 from fxcompress.graph.coupling_flow import Consumed, shape_of
+from fxcompress.graph.interpret import evaluated
 from fxcompress.graph.ops import arguments, kind_of, op_of, path_of
 from fxcompress.graph.tree import named_tensors
 from fxcompress.passes.shared.constants import constants
-from fxcompress.passes.shared.removal_scores import evaluated
 from fxcompress.passes.shared.responses import Measured, live_nodes, places_of
 
 _CONVS = tuple(f"conv{n}d" for n in (1, 2, 3))

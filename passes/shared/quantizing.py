@@ -8,6 +8,7 @@ from torch import fx
 
 from fxcompress.diagnostics import Diagnostic, Label, PlanError
 from fxcompress.graph.captured import Captured
+from fxcompress.graph.interpret import evaluated
 from fxcompress.graph.ops import kind_of, path_of
 from fxcompress.graph.provenance import origins_of, touch
 from fxcompress.graph.site import Change, Outcome, Site
@@ -87,10 +88,8 @@ def _weight(settings: Quantize, captured: Captured, site: Site, node: fx.Node) -
     scheme = Scheme(settings.weight_bits, signed=True, symmetric=True, narrow=True)
     quantizer = Quantizer(scheme, rows, 0 if each else None, *_spec(settings.weight_observer), device=weight.device)
     if captured.concrete:
-        masked = source.op == "call_module" and kind_of(source) == "mask"
-        value = captured.module.get_submodule(str(source.target))(weight) if masked else weight
         observer = observer_of(quantizer)
-        observer.update(quantizer.in_rows(value))
+        observer.update(quantizer.in_rows(evaluated(captured.module, source)))
         quantizer.cover(*observer.range(scheme))
     path = f"{name}_quantizer"
     _put(captured, path, quantizer)

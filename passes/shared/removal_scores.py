@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from fxcompress.graph.coupling import Coupling, Mask
 from fxcompress.graph.coupling_flow import Consumed, Labels, TensorLabels
+from fxcompress.graph.interpret import evaluated
 from fxcompress.graph.ops import arguments, kind_of, path_of
 from fxcompress.passes.shared.criteria import Part, Scoring, criterion_of
 from fxcompress.passes.shared.layers import Ints, Layer
@@ -165,21 +166,6 @@ def _effective(root: nn.Module, node: fx.Node, tensor: Tensor, name: str) -> Ten
         with torch.no_grad():
             weight = evaluated(root, weight)
     return weight if isinstance(weight, Tensor) and weight.shape == tensor.shape else tensor
-
-
-def evaluated(root: nn.Module, node: fx.Node) -> Any:
-    """The value of a node that only parameters and buffers go into; None for any other."""
-    if node.op == "placeholder":
-        return None
-    if node.op == "get_attr":
-        prefix, _, name = str(node.target).rpartition(".")
-        return getattr(root.get_submodule(prefix), name)
-    values = {source: evaluated(root, source) for source in node.all_input_nodes}
-    if any(value is None for value in values.values()):
-        return None
-    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda source: values[source])
-    function: Any = root.get_submodule(str(node.target)) if node.op == "call_module" else node.target
-    return function(*args, **kwargs)
 
 
 def part_of(path: str, tensor: Tensor, dim: int, where: Ints, value: Tensor | None = None) -> Part:
