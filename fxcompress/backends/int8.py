@@ -7,10 +7,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from ..graph.captured import Captured
+from ..graph.interpret import evaluated
 from ..graph.ops import arguments, kind_of, module_of, path_of
+from ..graph.propagate import drop_dead
 from ..graph.provenance import inherit
 from ..graph.tree import named_tensors
 from ..nn.affine import quantize
@@ -36,12 +38,10 @@ class Lowered:
     left: dict[str, str] = field(default_factory=dict)
 
 
-def lower(captured: Captured) -> Lowered:
-    """Put integer kernels in the place of quantized layers, in place. All quantizers have ranges; the caller
-    refreshes."""
-    lowering = _Lowering(captured, Lowered())
-    lowering.run()
-    return lowering.done
+def lower(captured: Captured, done: Lowered) -> None:
+    """Put integer kernels in the place of quantized layers, in place, and write into `done` what was done. All
+    quantizers have ranges; the caller refreshes."""
+    _Lowering(captured, done).run()
 
 
 @dataclass
@@ -70,9 +70,7 @@ class _Lowering:
         for node, (integers, grid) in list(self.ints.items()):
             for user in [user for user in node.users if user not in self.replaced]:
                 user.replace_input_with(node, self._float(node, integers, grid))
-        for node in reversed(graph.nodes):
-            if not node.users and node.op not in ("placeholder", "output"):
-                graph.erase_node(node)
+        drop_dead(graph)
         self._keep_apart()
         self._settle()
 
@@ -154,7 +152,6 @@ class _Lowering:
                 later = any(order[user] > order[node] for alias in _aliases(other) for user in alias.users)
                 module.after = replace(module.after, copies=later or other.op == "placeholder")
 
-
     def _settle(self) -> None:
         """Each kernel takes the place of its layer's module, and what nothing reads any more goes: modules,
         parameters and buffers of those that stay."""
@@ -219,12 +216,12 @@ def _kernel(captured: Captured, node: fx.Node, reads: Grid, after: After) -> Int
     assert quantizer is not None
     bias = values.get("bias")
     with torch.no_grad():
-        weight = _value(captured, values["weight"].args[0])
+        weight = evaluated(captured.module, values["weight"].args[0])
         shape = (-1, *[1] * (weight.dim() - 1))
         integers = quantize(weight, quantizer.scale.reshape(shape), quantizer.zero_point.reshape(shape),
                             quantizer.scheme.low, quantizer.scheme.high).to(torch.int8)
         scales = quantizer.scale.expand(weight.shape[0]).clone()
-        offset = _value(captured, bias).detach().clone() if isinstance(bias, fx.Node) else None
+        offset = evaluated(captured.module, bias).detach().clone() if isinstance(bias, fx.Node) else None
     made: IntConv2d | IntLinear
     if kind_of(node) == "linear":
         made = IntLinear(weight.shape, offset is not None, reads, after)
@@ -232,16 +229,4 @@ def _kernel(captured: Captured, node: fx.Node, reads: Grid, after: After) -> Int
         made = IntConv2d(weight.shape, offset is not None, reads, after, _pair(values["stride"]),
                          _pair(values["padding"]), _pair(values["dilation"]), int(values["groups"]))
     made.fill(integers, scales, offset)
-    return made
-
-
-def _value(captured: Captured, node: fx.Node) -> Tensor:
-    """A parameter, or what a module such as a mask makes of one."""
-    if node.op == "get_attr":
-        owner, _, leaf = str(node.target).rpartition(".")
-        found: Tensor = getattr(captured.module.get_submodule(owner), leaf)
-        return found
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    made: Tensor = module_of(node)(_value(captured, source))
     return made

@@ -9,10 +9,10 @@ from functools import partial
 import torch
 from torch import Tensor, fx
 
+from ..backends.int8 import Lowered, lower
 from ..diagnostics import Diagnostic, PlanError, Sink
 from ..graph.calibration import Calibration
 from ..graph.captured import Captured, Example, Origin
-from ..graph.ops import kind_of
 from ..graph.provenance import origins_of
 from ..graph.select import Bound
 from ..graph.timing import TOLERANCE, latency
@@ -23,7 +23,7 @@ from ..plan.budgets import judge
 from ..plan.model import Totals
 from ..plan.totals import totals_of
 from ..policy.model import Policy
-from .integers import is_quantized, require_ranges, to_kernels
+from .integers import held_against, is_quantized, require_ranges
 from .measure import Baseline, Measured, Measuring, failure
 
 
@@ -62,15 +62,15 @@ def _rewritten(captured: Captured, rewrite: Callable[[Captured], Iterable[fx.Nod
 def put_integers_in(captured: Captured, data: Calibration | None) -> list[str]:
     """Replace what is quantized by integer kernels, in place and verified; returns what to note. Raises PlanError
     (FXC0573)."""
-    notes: list[str] = []
+    simulated, done = captured.copy(), Lowered()
 
     def rewrite(captured: Captured) -> Iterable[fx.Node]:
         there = set(captured.graph.nodes)
-        notes.extend(to_kernels(captured, data))
-        return [node for node in captured.graph.nodes if node not in there or kind_of(node) in ("linear", "conv2d")]
+        lower(captured, done)
+        return [node for node in captured.graph.nodes if node not in there]
 
     _rewritten(captured, rewrite, Origin("finalize", "python", "result.finalize()", "(end)", "computes in integers"))
-    return notes
+    return held_against(simulated, captured, done, data)
 
 
 def finish(captured: Captured, policy: Policy, baseline: Baseline, lets: Mapping[str, Bound], target: str,

@@ -8,15 +8,18 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from ..backends.int8 import Lowered, lower
+from ..backends.int8 import Lowered
 from ..diagnostics import Diagnostic, PlanError
-from ..graph.calibration import Calibration, inputs_of
+from ..graph.calibration import Calibration
+from ..graph.calibration import inputs_of as batch_of
 from ..graph.captured import Captured
+from ..graph.comparing import inputs_of
 from ..graph.interpret import evaluating, values_of
 from ..graph.ops import kind_of, module_of
-from ..nn import IntConv2d, IntLinear, Quantizer
-from ..passes.shared.calibrating import uncalibrated
+from ..nn import IntConv2d, IntLinear
+from ..passes.shared.calibrating import uncalibrated, without_rounding
 from ..passes.shared.integer import regions_of
+from .measure import tensors_in
 
 # Root mean square of (kernels − simulation) over that of the simulation. Where a sum lies next to the edge between two
 # integers, either side may take it, and in a deep model such differences grow to what rounding as a whole changes: so
@@ -40,60 +43,31 @@ def require_ranges(captured: Captured) -> None:
             help="show it data, `result.calibrate(batches)`, or give `calibration=` to `compile`")])
 
 
-def to_kernels(captured: Captured, data: Calibration | None) -> list[str]:
-    """Put integer kernels into `captured`, in place, and compare with the simulation, on the first batch of `data` or
-    the example inputs. Returns what to note.
+def held_against(simulated: Captured, lowered: Captured, done: Lowered, data: Calibration | None) -> list[str]:
+    """Compare `lowered`, in which `done` was done, with the simulation, on the first batch of `data` or the example
+    inputs. Returns what to note.
 
     Raises PlanError: FXC0573 where the results depart from the simulation, with the first layer that does.
     """
-    inputs = _first(captured, data)
-    simulated = captured.copy()
+    inputs = batch_of(simulated, next(iter(data.batches))) if data is not None else inputs_of(simulated)
     promised = _results(simulated, inputs)
-    allowed = max(TOLERANCE, _apart(_results(_without_rounding(captured), inputs), promised))
-    done = lower(captured)
-    captured.refresh()
-    gap = _apart(_results(captured, inputs), promised)
+    with without_rounding(simulated):
+        allowed = max(TOLERANCE, _apart(_results(simulated, inputs), promised))
+    gap = _apart(_results(lowered, inputs), promised)
     if not gap <= allowed:
         raise PlanError([Diagnostic(
             "FXC0573", f"the integer kernels depart from the simulation by {gap:.1%}",
             notes=(f"up to {allowed:.1%} of the result's root mean square are let pass: {TOLERANCE:.0%}, or what "
-                   "rounding itself changes", *_culprit(simulated, captured, done, inputs)),
+                   "rounding itself changes", *_culprit(simulated, lowered, done, inputs)),
             help="leave that layer in float, and report it: the kernels should do what the simulation does")])
     count = len(done.kernels)
     notes = [f"{count} layer{'s' * (count != 1)} in integer kernels, within {gap:.2g} of the simulation"]
-    notes += [f"{name} stays in float: {why}" for name, why in done.left.items()]
-    return notes
-
-
-def _first(captured: Captured, data: Calibration | None) -> list[Any]:
-    if data is not None:
-        return inputs_of(captured, next(iter(data.batches)))
-    return inputs_of(captured, tuple(captured.example.args) if not captured.example.kwargs else
-                     {**dict(zip(_names(captured), captured.example.args, strict=False)), **captured.example.kwargs})
-
-
-def _names(captured: Captured) -> list[str]:
-    return [node.name for node in captured.graph.nodes if node.op == "placeholder"]
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value] if value.is_floating_point() else []
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ()
-    return [tensor for item in items for tensor in _tensors(item)]
-
-
-def _without_rounding(captured: Captured) -> Captured:
-    copied = captured.copy()
-    for module in copied.module.modules():
-        if isinstance(module, Quantizer):
-            module.on = False
-    return copied
+    return notes + [f"{name} stays in float: {why}" for name, why in done.left.items()]
 
 
 def _results(captured: Captured, inputs: Sequence[Any]) -> list[Tensor]:
     with evaluating(captured.module):
-        return _tensors(captured.module(*inputs))
+        return [tensor for tensor in tensors_in(captured.module(*inputs)) if tensor.is_floating_point()]
 
 
 def _apart(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

@@ -70,18 +70,19 @@ def outputs(module: nn.Module, example: Example) -> list[Tensor]:
     """The floating-point outputs of `module` on the example inputs, in evaluation mode, as float64 on the CPU."""
     with evaluating(module):
         result = module(*example.args, **example.kwargs)
-    return [tensor.detach().to("cpu", torch.float64) for tensor in _tensors(result) if tensor.is_floating_point()]
+    return [tensor.detach().to("cpu", torch.float64) for tensor in tensors_in(result) if tensor.is_floating_point()]
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor of nested tuples, lists and dicts, in order."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, tuple | list):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_in(item)
 
 
 def drift(before: list[Tensor], after: list[Tensor]) -> float:

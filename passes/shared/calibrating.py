@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -45,13 +47,25 @@ def _reads_weight(node: fx.Node) -> bool:
     return isinstance(source, fx.Node) and (source.op == "get_attr" or kind_of(source) == "mask")
 
 
+@contextmanager
+def without_rounding(captured: Captured) -> Iterator[None]:
+    """All quantizers off, and afterwards as they were."""
+    quantizers = [module for module in captured.module.modules() if isinstance(module, Quantizer)]
+    was = [module.on for module in quantizers]
+    for module in quantizers:
+        module.on = False
+    try:
+        yield
+    finally:
+        for module, on in zip(quantizers, was, strict=True):
+            module.on = on
+
+
 def calibrate(captured: Captured, data: Calibration) -> None:
     """Give every quantizer on values a range, in one run of the model with all quantizers off.
 
     Raises PlanError: FXC0570 for data that don't fit, FXC0571 where a quantizer has seen no finite value.
     """
-    everywhere = [module for module in captured.module.modules() if isinstance(module, Quantizer)]
-    was = [module.on for module in everywhere]
     calls = quantizers_of(captured)
     watching = {quantizer: _Watching(quantizer, observer_of(quantizer)) for quantizer in calls.values()}
     collectors: dict[fx.Node, list[_Watching]] = {}
@@ -59,13 +73,8 @@ def calibrate(captured: Captured, data: Calibration) -> None:
         source = node.args[0]
         assert isinstance(source, fx.Node)
         collectors.setdefault(source, []).append(watching[quantizer])
-    for module in everywhere:
-        module.on = False
-    try:
+    with without_rounding(captured):
         data.feed(captured, collectors)
-    finally:
-        for module, on in zip(everywhere, was, strict=True):
-            module.on = on
     blind = [path_of(node) or node.name for node, quantizer in calls.items() if not watching[quantizer].observer.seen]
     if blind:
         raise PlanError([Diagnostic(
