@@ -17,9 +17,11 @@ from ..graph.provenance import inherit
 from ..graph.tree import named_tensors
 from ..nn.affine import quantize
 from ..nn.integer import FLOATS, After, Grid, IntConv2d, IntLinear, IntMaxPool2d, ToFloat, ToInteger
-from ..nn.quantizer import Quantizer
+from ..nn.quantizer import Quantizer, WeightQuantizer
 from ..passes.shared.calibrating import quantizers_of
 from ..passes.shared.integer import Region, data_of, regions_of, role_of
+from .dynamic import lower_dynamic
+from .weight_only import lower_weight_only
 
 # Activation -> oneDNN's name for it, and its numbers, or the arguments that hold them.
 ACTIVATIONS: Mapping[str, tuple[str, tuple[str | float, ...]]] = {
@@ -57,6 +59,8 @@ class _Lowering:
 
     def run(self) -> None:
         graph = self.captured.graph
+        lower_dynamic(self.captured, self.done)
+        lower_weight_only(self.captured, self.done)
         products = [node for node in graph.nodes if role_of(node) == "product" and _on_weight(node)]
         ends = {region.end: region for region in (regions_of(products) if products else ())}
         rounded = quantizers_of(self.captured)
@@ -78,8 +82,9 @@ class _Lowering:
         """Integers for what a quantizer rounds: of the kernel in front of it, or of floats."""
         source, scheme = node.args[0], quantizer.scheme
         assert isinstance(source, fx.Node)
-        grid = Grid(float(quantizer.scale), int(quantizer.zero_point), scheme.low, scheme.high)
-        if source in ends and not scheme.signed and self._emit(ends[source], grid, node):
+        up = -scheme.low  # kernels count from zero: `qint8` is the same grid
+        grid = Grid(float(quantizer.scale), int(quantizer.zero_point) + up, 0, scheme.high + up)
+        if source in ends and self._emit(ends[source], grid, node):
             return
         self._take(node, self._call(ToInteger(grid), f"{node.name}_to_integer", node, (source,), node), grid)
 
@@ -147,8 +152,8 @@ class _Lowering:
         order = {node: place for place, node in enumerate(self.captured.graph.nodes)}
         for node in self.done.kernels.values():
             module = module_of(node)
-            assert isinstance(module, IntConv2d | IntLinear)
-            if len(node.args) > 1 and isinstance(other := node.args[1], fx.Node):
+            if isinstance(module, IntConv2d | IntLinear) and len(node.args) > 1 and (
+                    isinstance(other := node.args[1], fx.Node)):
                 later = any(order[user] > order[node] for alias in _aliases(other) for user in alias.users)
                 module.after = replace(module.after, copies=later or other.op == "placeholder")
 
@@ -190,7 +195,8 @@ def _on_weight(node: fx.Node) -> Quantizer | None:
     """The quantizer on the weight of a product, if it can be int8."""
     weight = arguments(node).get("weight")
     found = module_of(weight) if isinstance(weight, fx.Node) and weight.op == "call_module" else None
-    return found if isinstance(found, Quantizer) and found.on and found.scheme.bits <= KERNEL_BITS else None
+    plain = isinstance(found, Quantizer) and not isinstance(found, WeightQuantizer)
+    return found if plain and found.on and found.scheme.bits <= KERNEL_BITS else None
 
 
 def _activation(node: fx.Node) -> tuple[str, tuple[float, ...]]:

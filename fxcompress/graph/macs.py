@@ -19,8 +19,8 @@ def macs_of(kind: str, node: fx.Node, value: Any, value_of: Values) -> int:
     if kind in _RECURRENT and node.op == "call_module":
         return _recurrent(node, value_of)
     if kind in _INTEGER:
-        weight = module_of(node).get_parameter("weight")
-        return int(value.numel()) * (weight.numel() // weight.shape[0])
+        shape: Any = module_of(node).shape
+        return int(value.numel()) * math.prod(shape[1:])
     counter = _COUNTERS.get(kind)
     if counter is None:
         return 0
@@ -86,7 +86,8 @@ def _multihead(a: Mapping[str, Any], out: Any, of: Values) -> int:
     return int(projections + 2 * rows_q * sequence * embed + rows_q * embed * embed)
 
 
-_INTEGER = ("int_conv2d", "int_linear")  # they hold their weights; each output element sums over one filter
+# They hold their weights; each output element sums over one filter, of `shape` without its outputs.
+_INTEGER = ("int_conv2d", "int_linear", "dynamic_linear", "weight_only_linear", "weight_only_conv2d")
 _RECURRENT = ("lstm", "gru", "rnn", "lstm_cell", "gru_cell", "rnn_cell")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from .dynamic import DynamicLinear as DynamicLinear
+from .dynamic import DynamicQuantizer as DynamicQuantizer
 from .integer import IntConv2d as IntConv2d
 from .integer import IntLinear as IntLinear
 from .integer import IntMaxPool2d as IntMaxPool2d
@@ -10,4 +12,8 @@ from .integer import ToInteger as ToInteger
 from .mask import Mask as Mask
 from .mode import ByMode as ByMode
 from .quantizer import Quantizer as Quantizer
+from .quantizer import WeightQuantizer as WeightQuantizer
 from .reorder import Reorder as Reorder
+from .weight_only import WeightOnlyConv2d as WeightOnlyConv2d
+from .weight_only import WeightOnlyEmbedding as WeightOnlyEmbedding
+from .weight_only import WeightOnlyLinear as WeightOnlyLinear
