@@ -21,6 +21,8 @@ from ..nn import (
     ByMode,
     DynamicLinear,
     DynamicQuantizer,
+    FreezingBatchNorm1d,
+    FreezingBatchNorm2d,
     IntConv2d,
     IntLinear,
     IntMaxPool2d,
@@ -29,6 +31,7 @@ from ..nn import (
     Reorder,
     ToFloat,
     ToInteger,
+    TrainedQuantizer,
     WeightOnlyConv2d,
     WeightOnlyEmbedding,
     WeightOnlyLinear,
@@ -181,6 +184,9 @@ def _rows() -> Iterable[SavedClass]:
     yield SavedClass(Reorder, {"dim": WHOLE, "order": Argument(_places)})
     yield SavedClass(Quantizer, _QUANTIZER)
     yield SavedClass(WeightQuantizer, _QUANTIZER | {"group": WHOLE})
+    yield SavedClass(TrainedQuantizer, _QUANTIZER | {"averages": FLAG, "eps": REAL})
+    yield SavedClass(FreezingBatchNorm1d, _BATCH)
+    yield SavedClass(FreezingBatchNorm2d, _BATCH)
     yield SavedClass(DynamicQuantizer, {"scheme": SCHEME, "per_token": FLAG, "on": FLAG})
     yield SavedClass(DynamicLinear, {"shape": NUMBERS, "has_bias": FLAG, "scheme": SCHEME, "per_token": FLAG,
                                      "group": WHOLE})

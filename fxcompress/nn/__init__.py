@@ -14,6 +14,9 @@ from .mode import ByMode as ByMode
 from .quantizer import Quantizer as Quantizer
 from .quantizer import WeightQuantizer as WeightQuantizer
 from .reorder import Reorder as Reorder
+from .trained import FreezingBatchNorm1d as FreezingBatchNorm1d
+from .trained import FreezingBatchNorm2d as FreezingBatchNorm2d
+from .trained import TrainedQuantizer as TrainedQuantizer
 from .weight_only import WeightOnlyConv2d as WeightOnlyConv2d
 from .weight_only import WeightOnlyEmbedding as WeightOnlyEmbedding
 from .weight_only import WeightOnlyLinear as WeightOnlyLinear

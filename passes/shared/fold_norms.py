@@ -36,6 +36,13 @@ def fold(captured: Captured, nodes: Iterable[fx.Node]) -> list[tuple[fx.Node, st
     return folded
 
 
+def norms_behind(captured: Captured, nodes: Iterable[fx.Node]) -> dict[fx.Node, fx.Node]:
+    """The batch norm behind each of `nodes` that `fold` would fold into it."""
+    sharing = _Sharing(captured)
+    found = {node: sharing.norm_behind(node) for node in nodes}
+    return {node: norm for node, norm in found.items() if norm is not None}
+
+
 class _Sharing:
     """How often modules are called, and tensors are held or read, in a graph as it was before anything was folded."""
 

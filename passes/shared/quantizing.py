@@ -13,18 +13,20 @@ from fxcompress.diagnostics import Diagnostic, Label, PlanError
 from fxcompress.graph.calibration import Calibration
 from fxcompress.graph.captured import Captured
 from fxcompress.graph.interpret import evaluated
-from fxcompress.graph.ops import arguments, kind_of, path_of
+from fxcompress.graph.ops import arguments, kind_of, module_of, path_of
 from fxcompress.graph.provenance import origins_of, touch
 from fxcompress.graph.site import Change, Outcome, Site
 from fxcompress.nn.dynamic import DynamicQuantizer
 from fxcompress.nn.integer import saturates
 from fxcompress.nn.quantizer import Quantizer, WeightQuantizer, groups_of
 from fxcompress.nn.scheme import Scheme
+from fxcompress.nn.trained import TrainedQuantizer
 from fxcompress.passbase import OBSERVERS
 from fxcompress.passes.shared.calibrating import calibrate
-from fxcompress.passes.shared.fold_norms import fold
+from fxcompress.passes.shared.fold_norms import fold, norms_behind
 from fxcompress.passes.shared.integer import Grids, Region, regions_of, role_of
 from fxcompress.passes.shared.masking import parameter_of
+from fxcompress.passes.shared.training_rounds import norm_arguments, scheduled
 from fxcompress.passes.shared.weights import expose, unexposable
 from fxcompress.policy.values import Call
 
@@ -67,6 +69,26 @@ def _static(settings: Quantize, captured: Captured, site: Site, products: list[f
     return Outcome(tuple(changes), (*_saturation(settings), *_breaks(regions, grids)), unknown=unknown)
 
 
+def _qat(settings: Quantize, captured: Captured, site: Site, products: list[fx.Node]) -> Outcome:
+    """Quantizers whose ranges move in training; calibration data, where there are some, say where they begin."""
+    there, norms = set(captured.graph.nodes), norms_behind(captured, products)
+    regions = regions_of(products, norms)
+    grids = Grids(regions)
+    changes = [_weight(settings, captured, site, node, norms.get(node)) for node in products]
+    for norm in norms.values():
+        touch(norm, settings, site, "its factors are counted in where the weight before it is rounded")
+    _place(settings, captured, site, grids)
+    captured.refresh()
+    unknown: tuple[str, ...] = ("the ranges of what layers read and give",)
+    if captured.concrete and site.calibration is not None:
+        calibrate(captured, _some(settings, site.calibration))
+        unknown = ()
+    made = [node for node in captured.graph.nodes if node not in there]
+    moving = scheduled(settings, captured, site, [*made, *norms.values()])
+    notes = (*_saturation(settings), *_breaks(regions, grids), *moving.notes)
+    return replace(moving, changes=tuple(changes), notes=notes, unknown=unknown)
+
+
 def _weight_only(settings: Quantize, captured: Captured, site: Site, products: list[fx.Node]) -> Outcome:
     return Outcome(tuple(_weight(settings, captured, site, node) for node in products))
 
@@ -92,7 +114,7 @@ def _dynamic(settings: Quantize, captured: Captured, site: Site, products: list[
 
 
 _REWRITES: Mapping[str, Callable[[Quantize, Captured, Site, list[fx.Node]], Outcome]] = {
-    "static": _static, "dynamic": _dynamic, "weight_only": _weight_only,
+    "static": _static, "dynamic": _dynamic, "qat": _qat, "weight_only": _weight_only,
 }
 
 
@@ -152,18 +174,20 @@ def _spec(spec: str | Call) -> tuple[str, tuple[float, ...]]:
     return (spec.name, tuple(float(str(arg)) for arg in spec.args)) if isinstance(spec, Call) else (spec, ())
 
 
-def _weight(settings: Quantize, captured: Captured, site: Site, node: fx.Node) -> Change:
-    """A quantizer on the weight; its range is that of the values it has now."""
+def _weight(settings: Quantize, captured: Captured, site: Site, node: fx.Node, norm: fx.Node | None = None) -> Change:
+    """A quantizer on the weight, which counts in the `norm` behind the layer; its range is that of the values now."""
     source = expose(captured, node)
     name = parameter_of(node, "weight")
     assert name is not None
-    quantizer = weight_quantizer(settings, captured.module.get_parameter(name))
+    counted = norm_arguments(captured, node, norm) if norm is not None else ()
+    quantizer = weight_quantizer(settings, captured.module.get_parameter(name), norm)
     if captured.concrete:
-        cover(quantizer, evaluated(captured.module, source))
+        value, *factors = (evaluated(captured.module, read) for read in (source, *counted))
+        cover(quantizer, quantizer.folded(value, *factors) if isinstance(quantizer, TrainedQuantizer) else value)
     path = f"{name}_quantizer"
     put(captured, path, quantizer)
     with captured.graph.inserting_before(node):
-        call = captured.graph.call_module(path, (source,))
+        call = captured.graph.call_module(path, (source, *counted))
     call.meta["path"] = path_of(node)
     node.replace_input_with(source, call)
     touch(call, settings, site, f"rounds to {settings.weight_bits} bits", was=(node.name,))
@@ -171,8 +195,9 @@ def _weight(settings: Quantize, captured: Captured, site: Site, node: fx.Node) -
     return Change(path_of(node), kind_of(node), "weight", "float", f"int{settings.weight_bits}", "selected")
 
 
-def weight_quantizer(settings: Quantize, weight: Tensor) -> Quantizer:
-    """A quantizer without a range for a weight [out, ...]. Of layers that multiply integers weights are symmetric."""
+def weight_quantizer(settings: Quantize, weight: Tensor, norm: fx.Node | None = None) -> Quantizer:
+    """A quantizer without a range for a weight [out, ...], behind which `norm` stands. Of layers that multiply integers
+    weights are symmetric."""
     symmetric = settings.mode != "weight_only" or settings.symmetric
     scheme = Scheme(settings.weight_bits, signed=True, symmetric=symmetric, narrow=symmetric)
     observer, arguments_ = _spec(settings.weight_observer)
@@ -182,6 +207,9 @@ def weight_quantizer(settings: Quantize, weight: Tensor) -> Quantizer:
         rows, axis = weight.shape[0] * groups_of(weight[0].numel(), settings.group), 0
     if settings.mode == "static":
         return Quantizer(scheme, rows, axis, observer, arguments_, device=weight.device)
+    if settings.mode == "qat":
+        eps = float(module_of(norm).eps) if norm is not None else 0.0  # type: ignore[arg-type]
+        return TrainedQuantizer(scheme, rows, axis, observer, arguments_, averages=False, eps=eps, device=weight.device)
     return WeightQuantizer(scheme, rows, axis, observer, arguments_, group=settings.group, device=weight.device)
 
 
@@ -202,12 +230,14 @@ def _place(settings: Quantize, captured: Captured, site: Site, grids: Grids) -> 
     scheme = Scheme(bits_of(settings), signed=settings.dtype == "qint8", symmetric=settings.symmetric)
     ends = {region.end for region in grids.regions}
     readers = _readers(grids)
+    leaving = {region.norm for region in grids.regions}
+    kind = TrainedQuantizer if settings.mode == "qat" else Quantizer
     device = next((tensor.device for tensor in captured.module.parameters()), None)
     for source, grid in grids.sources.items():
         if grid not in paths:
-            paths[grid] = f"{_where(source)}quantizer"
+            paths[grid] = f"{_where(source, leaving)}quantizer"
             name, arguments_ = _spec(settings.observer)
-            put(captured, paths[grid], Quantizer(scheme, observer=name, arguments=arguments_, device=device))
+            put(captured, paths[grid], kind(scheme, observer=name, arguments=arguments_, device=device))
         with captured.graph.inserting_after(source):
             call = captured.graph.call_module(paths[grid], (source,))
         call.meta["path"] = path_of(source)
@@ -233,9 +263,10 @@ def _readers(grids: Grids) -> set[fx.Node]:
     return found
 
 
-def _where(source: fx.Node) -> str:
-    """The beginning of the path of a quantizer behind `source`: in its module, or at the top."""
-    if source.op == "call_module":
+def _where(source: fx.Node, leaving: set[fx.Node | None]) -> str:
+    """The beginning of the path of a quantizer behind `source`: in its module, or at the top for one that is to leave
+    the model."""
+    if source.op == "call_module" and source not in leaving:
         return f"{source.target}."
     return f"{source.name}_"
 
