@@ -163,7 +163,7 @@ class _Product(nn.Module):
             made = self._run(given, (*gives, *last))
         else:
             assert after.adds is not None
-            added = other.clone() if after.copies else other
+            added = (other.clone() if after.copies else other).detach()
             adds = (after.adds.scale, after.adds.zero_point, "sum", 1.0)
             made = self._run_adding(given, added, gives, (*adds, *last))
         if after.gives is not None and after.gives.high < _TOP:
