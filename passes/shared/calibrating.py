@@ -16,6 +16,7 @@ from fxcompress.graph.ops import kind_of, module_of, path_of
 from fxcompress.nn.observers import Observer
 from fxcompress.nn.quantizer import Quantizer
 from fxcompress.passbase import OBSERVERS
+from fxcompress.passes.shared.weights import is_part
 
 
 @dataclass
@@ -44,7 +45,7 @@ def quantizers_of(captured: Captured) -> dict[fx.Node, Quantizer]:
 
 def _reads_weight(node: fx.Node) -> bool:
     source = node.args[0]
-    return isinstance(source, fx.Node) and (source.op == "get_attr" or kind_of(source) == "mask")
+    return isinstance(source, fx.Node) and (source.op == "get_attr" or kind_of(source) == "mask" or is_part(source))
 
 
 @contextmanager

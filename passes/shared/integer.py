@@ -95,7 +95,8 @@ def _other(add: fx.Node, product: fx.Node, read: fx.Node) -> fx.Node | None:
     if values.get("alpha", 1) != 1 or len(others) != 1 or not isinstance(others[0], fx.Node):
         return None
     one, two = (side.meta.get("fxc") for side in (product, others[0]))
-    same = one is not None and two is not None and (one.shape, one.dtype) == (two.shape, two.dtype)
+    same = one is not None and two is not None and (
+        (one.shape, one.dtype, one.dynamic) == (two.shape, two.dtype, two.dynamic))
     return others[0] if same else None
 
 

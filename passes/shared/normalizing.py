@@ -19,7 +19,7 @@ from fxcompress.graph.rules.attention_rewrite import write_out
 from fxcompress.graph.select import label
 from fxcompress.graph.site import Site
 from fxcompress.passes.shared.masking import parameter_of
-from fxcompress.passes.shared.weights import expose, unexposable
+from fxcompress.passes.shared.weights import expose, is_part, unexposable
 
 if TYPE_CHECKING:
     from fxcompress.passbase import Pass
@@ -119,15 +119,6 @@ def weight_name(node: fx.Node) -> str | None:
     if name is None and is_part(arguments(node).get("weight")):
         return f"{path_of(node)}.weight"
     return name
-
-
-def is_part(value: object) -> bool:
-    """Whether a value is what `split` gives of a parameter."""
-    if not isinstance(value, fx.Node) or kind_of(value) != "getitem":
-        return False
-    split = value.args[0]
-    return isinstance(split, fx.Node) and kind_of(split) == "split" and (
-        isinstance(split.args[0], fx.Node) and split.args[0].op == "get_attr")
 
 
 def channels_of(node: fx.Node) -> int | None:

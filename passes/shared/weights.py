@@ -46,6 +46,15 @@ def expose(captured: Captured, node: fx.Node, name: str = "weight") -> fx.Node:
     return source
 
 
+def is_part(value: object) -> bool:
+    """Whether a value is what `split` gives of a parameter."""
+    if not isinstance(value, fx.Node) or kind_of(value) != "getitem":
+        return False
+    split = value.args[0]
+    return isinstance(split, fx.Node) and kind_of(split) == "split" and (
+        isinstance(split.args[0], fx.Node) and split.args[0].op == "get_attr")
+
+
 def unexposable(node: fx.Node) -> str | None:
     """Why the module's call `node` can't become a function on its weight, or None."""
     module = module_of(node)
