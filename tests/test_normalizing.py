@@ -68,7 +68,7 @@ def same(found: Any, expected: Any) -> bool:
     return all(torch.allclose(a, b, atol=2e-6) for a, b in pairs)
 
 
-@pytest.mark.parametrize(("batch_first", "cross", "weights"), itertools.product([False, True], repeat=3))
+@pytest.mark.parametrize(("batch_first", "cross", "weights"), list(itertools.product([False, True], repeat=3)))
 @pytest.mark.parametrize("settings", [{}, {"bias": False}, {"add_bias_kv": True}, {"add_zero_attn": True},
                                       {"kdim": 6, "vdim": 6}], ids=str)
 def test_attention_is_that_of_the_module(batch_first: bool, cross: bool, weights: bool,
@@ -277,8 +277,8 @@ def test_padding_becomes_a_setting_where_it_can() -> None:
     paddings = {str(node.target if node.op == "call_module" else node.meta["path"]): arguments(node)["padding"]
                 for node in captured.graph.nodes if kind_of(node) == "conv2d"}
     assert (paddings["a"], paddings["b"], paddings["c"]) == ((3, 1), (4, 4), (0, 0))
-    assert kinds(captured).count("pad") == 2  # one of one side alone, one of ones
-    assert any(line.startswith("e stays in float: its padding `same`") for line in lines)
+    assert kinds(captured).count("pad") == 3  # one of one side alone, one of ones, and one that reflects
+    assert any(line.startswith("e stays in float: the padding `same`") for line in lines)
     assert any("in front of d stays apart" in line for line in lines)
     result = fxcompress.compile("policy p { quantize conv2d }", model, x, calibration=[x])
     small = result.finalize(target="cpu")

@@ -32,10 +32,11 @@ _CONVS: Mapping[str, int] = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
 @dataclass
 class Normal:
     """What is left to quantize, and what isn't: `left` has the names of layers by the reason why they stay in float,
-    `notes` what else should be known."""
+    `apart` those with a padding in front that couldn't become their own, `notes` what else should be known."""
 
     products: list[fx.Node] = field(default_factory=list)
     left: dict[str, list[str]] = field(default_factory=dict)
+    apart: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def leave(self, node: fx.Node, why: str) -> None:
@@ -44,8 +45,10 @@ class Normal:
 
     def lines(self) -> list[str]:
         """One line for each reason, and the notes."""
-        return [*(f"{few(names)} stay{'s' * (len(names) == 1)} in float: {why}" for why, names in self.left.items()),
-                *self.notes]
+        found = [f"{few(names)} stay{'s' * (len(names) == 1)} in float: {why}" for why, names in self.left.items()]
+        if self.apart:
+            found.append(f"the padding in front of {few(self.apart)} stays apart: it isn't the same on both sides")
+        return [*found, *self.notes]
 
 
 def few(names: list[str]) -> str:
@@ -137,15 +140,18 @@ def _pad_inside(settings: Pass, captured: Captured, site: Site, node: fx.Node, n
     if rank is None:
         return None
     values = arguments(node)
+    if values.get("padding_mode", "zeros") != "zeros":
+        expose(captured, node)  # that is a `pad` of its own from now on
+        return None
     given, source = values["padding"], values["input"]
-    own = _numbers(values, rank, captured, node)
+    own = _numbers(values, rank)
     if own is None:
-        return f"its padding `{given}` is not the same on both sides"
-    outer = None
-    if values.get("padding_mode", "zeros") == "zeros" and isinstance(source, fx.Node) and kind_of(source) == "pad":
+        return f"the padding `{given}` is not the same on both sides"
+    outer: tuple[int, ...] | None = None
+    if isinstance(source, fx.Node) and kind_of(source) == "pad" and _is_zeros(arguments(source)):
         outer = _symmetric(arguments(source), rank)
-        if outer is None and _is_zeros(arguments(source)):
-            normal.notes.append(f"the padding in front of {label(node)} stays apart: it isn't the same on both sides")
+        if outer is None:
+            normal.apart.append(label(node))
     if outer is None and not isinstance(given, str):
         return None
     expose(captured, node)
@@ -159,7 +165,7 @@ def _pad_inside(settings: Pass, captured: Captured, site: Site, node: fx.Node, n
     return None
 
 
-def _numbers(values: Mapping[str, Any], rank: int, captured: Captured, node: fx.Node) -> tuple[int, ...] | None:
+def _numbers(values: Mapping[str, Any], rank: int) -> tuple[int, ...] | None:
     """The padding of a convolution on each side of each dimension; None where the sides differ."""
     padding = values["padding"]
     if padding == "valid":
@@ -185,9 +191,8 @@ def _is_zeros(pad: Mapping[str, Any]) -> bool:
 
 
 def _symmetric(pad: Mapping[str, Any], rank: int) -> tuple[int, ...] | None:
-    """The zeros that a `pad` puts on both sides of each of the last `rank` dimensions; None where it does otherwise."""
-    if not _is_zeros(pad):
-        return None
+    """The zeros that a `pad` of zeros puts on both sides of each of the last `rank` dimensions; None where the sides
+    differ, or it pads others."""
     sides = list(zip(pad["pad"][::2], pad["pad"][1::2], strict=True))
     sides += [(0, 0)] * (rank - len(sides))
     if any(a != b or a < 0 for a, b in sides) or any(a for a, _ in sides[rank:]):
