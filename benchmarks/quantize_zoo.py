@@ -4,7 +4,7 @@
     python benchmarks/quantize_zoo.py --show      # the table of the CSV, without running anything
 
 Small inputs, random weights (`zoo_models.enliven` gives those that are constant values). All that the policy
-`quantize conv2d | linear | multihead_attention` selects is counted: how many layers that are, how many stay in float
+`quantize conv2d | linear | multihead_attention | addmm` selects is counted: how many layers that are, how many stay in float
 and why, and how far the simulated model is from the float one, relative to it; with `--kernels` the lowered one too.
 Weights that nobody trained are a hard case: what a deep model gives is small beside what cancels in it.
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import fxcompress
 from fxcompress.diagnostics import FxcError
@@ -33,7 +33,7 @@ from zoo_models import enliven
 
 RESULTS = Path(__file__).parent / "results/quantize_zoo.csv"
 COLUMNS = ("model", "layers", "quantized", "left", "drift", "kernels", "kernel_drift", "why")
-KINDS = ("conv2d", "linear", "multihead_attention")
+KINDS = ("conv2d", "linear", "multihead_attention", "addmm")
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,7 @@ def run(name: str, kernels: bool) -> Row:
     enliven(model)
     inputs = subject.inputs()
     captured = fxcompress.capture(model, inputs)
-    asked = sum({"multihead_attention": 2}.get(kind_of(node), 1) for node in captured.graph.nodes
-                if kind_of(node) in KINDS)
+    asked = sum(_layers(node) for node in captured.graph.nodes if kind_of(node) in KINDS)
     there = {kind_of(node) for node in captured.graph.nodes}
     policy = f"policy all {{ quantize {' | '.join(kind for kind in KINDS if kind in there)} }}"
     result = fxcompress.compile(policy, model, inputs, calibration=[inputs])
@@ -159,6 +158,13 @@ def run(name: str, kernels: bool) -> Row:
         row["kernel_drift"] = drift(lowered, model, inputs)
         row["why"] = [note for note in result.notes if " in float: " in note]
     return row
+
+
+def _layers(node: fx.Node) -> int:
+    """How many linear layers or convolutions a node is: an attention module has one projection, or three."""
+    if kind_of(node) != "multihead_attention":
+        return 1
+    return 2 if node.args[0] is node.args[1] else 4
 
 
 @torch.no_grad()

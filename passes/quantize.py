@@ -23,7 +23,7 @@ class Quantize(Pass):
     verb: ClassVar[str] = "quantize"
     facet: ClassVar[Facet] = Facet.NUMERIC
     kinds: ClassVar[tuple[str, ...]] = ("conv2d", "linear", "multihead_attention", "conv1d", "conv3d",
-                                        "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+                                        "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "addmm")
 
     bits: int | None = param(
         Bits(low=2, high=8), "of the integers that layers read and give, which kernels hold in bytes; without it 8, or "

@@ -418,16 +418,45 @@ def test_a_weight_of_two_layers_keeps_serving_both() -> None:
     assert kinds(small).count("int_linear") == 2 and apart(small(ids), model(ids)) < 0.1
 
 
-def test_reasons_are_grouped() -> None:
-    class Odd(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return F.linear(x, self.weight * 2, self.bias)
+class Gated(nn.Linear):
+    """Its weight depends on what it reads."""
 
-    model, x = nn.Sequential(*(Odd(8, 8) for _ in range(7)), nn.Linear(8, 2)).eval(), noise(2, 8)
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight * x.mean(), self.bias)
+
+
+def test_reasons_are_grouped() -> None:
+    model, x = nn.Sequential(*(Gated(8, 8) for _ in range(7)), nn.Linear(8, 2)).eval(), noise(2, 8)
     _, lines = normal(model, x, "linear")
-    assert lines == [lines[0]] and lines[0].endswith("and 3 more stay in float: the weight is computed, or is quantized "
-                                                     "already")
+    assert len(lines) == 1
+    assert lines[0].endswith("and 3 more stay in float: the weight depends on more than parameters")
     with pytest.raises(PlanError) as error:
         fxcompress.compile("policy p { quantize linear }", model[:7], x)
     (found,) = error.value.diagnostics
-    assert found.code == "FXC0370" and "weight is computed" in str(found.notes)
+    assert found.code == "FXC0370" and "depends on more than" in str(found.notes)
+
+
+class Standardised(nn.Module):
+    """Two products in one module whose weights are computed from parameters, one as transformers' `Conv1D`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(noise(8, 6)), nn.Parameter(noise(5, 8, seed=2))
+        self.c, self.offset = nn.Parameter(noise(5, 4, seed=3)), nn.Parameter(noise(4, seed=4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.linear(x, self.a - self.a.mean(1, keepdim=True)).relu()
+        x = F.linear(x, self.b / self.b.norm(dim=1, keepdim=True)).relu()
+        return torch.addmm(self.offset, x, self.c)
+
+
+@pytest.mark.parametrize("inner", [True, False])
+def test_weights_computed_from_parameters(inner: bool) -> None:
+    model: nn.Module = Standardised().eval()
+    model, x = nn.Sequential(model) if inner else model, noise(16, 6)
+    result = fxcompress.compile("policy p { quantize linear | addmm }", model, x, calibration=[x])
+    (result.module(x)).sum().backward()
+    assert all(parameter.grad is not None for parameter in result.module.parameters())
+    small = result.finalize(target="cpu")
+    assert kinds(small).count("int_linear") == 3 and apart(small(x), model(x)) < 0.05
+    assert apart(small(x), result.module.eval()(x)) < 0.02

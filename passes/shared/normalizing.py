@@ -13,18 +13,18 @@ import torch
 from torch import fx
 
 from fxcompress.graph.captured import Captured
-from fxcompress.graph.ops import arguments, kind_of, module_of, op_of, path_of
+from fxcompress.graph.ops import OPS, arguments, call, kind_of, module_of, op_of, path_of
 from fxcompress.graph.provenance import touch
 from fxcompress.graph.rules.attention_rewrite import write_out
 from fxcompress.graph.select import label
 from fxcompress.graph.site import Site
 from fxcompress.passes.shared.masking import parameter_of
-from fxcompress.passes.shared.weights import expose, is_part, unexposable
+from fxcompress.passes.shared.weights import expose, of_parameters, unexposable
 
 if TYPE_CHECKING:
     from fxcompress.passbase import Pass
 
-ATTENTION = "multihead_attention"
+ATTENTION, ADDMM = "multihead_attention", "addmm"
 SHOWN = 4  # names in a line of a report
 _CONVS: Mapping[str, int] = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
 
@@ -60,14 +60,14 @@ def few(names: list[str]) -> str:
 def normalize(settings: Pass, captured: Captured, site: Site) -> Normal:
     """Bring what is selected into the normal form, in place; facts are up to date afterwards.
 
-    `nn.MultiheadAttention` becomes its projections and `scaled_dot_product_attention`; zero padding in front of a
+    `nn.MultiheadAttention` becomes its projections and `scaled_dot_product_attention`, `addmm` on parameters a linear
+    layer; zero padding in front of a
     convolution, and padding that it has by name (`same`), becomes its numbers, where that is the same.
     """
     normal, there = Normal(), set(captured.graph.nodes)
     nodes = list(_written_out(captured, site.nodes, normal))
-    if normal.notes:
-        captured.refresh()
-    _mark(settings, captured, site, there, "attention written out")
+    captured.refresh()
+    _mark(settings, captured, site, there, "written as linear layers")
     there = set(captured.graph.nodes)
     for node in nodes:
         why = _why_not(captured, node)
@@ -91,10 +91,13 @@ def _mark(settings: Pass, captured: Captured, site: Site, there: set[fx.Node], d
 
 
 def _written_out(captured: Captured, nodes: Iterable[fx.Node], normal: Normal) -> Iterable[fx.Node]:
-    """`nodes`, with the projections of attention modules in the place of these."""
+    """`nodes`, with the projections of attention modules in the place of these, and linear layers in that of `addmm`s
+    on parameters."""
     count = 0
     for node in list(nodes):
         if kind_of(node) != ATTENTION:
+            if kind_of(node) == ADDMM:
+                _linear(captured, node)
             yield node
             continue
         module: Any = module_of(node)
@@ -105,23 +108,53 @@ def _written_out(captured: Captured, nodes: Iterable[fx.Node], normal: Normal) -
                             "queries, keys and values computes in float")
 
 
+def _linear(captured: Captured, node: fx.Node) -> None:
+    """Make `addmm` on parameters, b + x·W (transformers' `Conv1D`), a linear layer on the transposed weight."""
+    values = arguments(node)
+    bias, weight = values["input"], values["mat2"]
+    shape = getattr(bias.meta.get("fxc"), "shape", ()) if isinstance(bias, fx.Node) else ()
+    fits = (values["beta"], values["alpha"]) == (1, 1) and len(shape) == 1 and _computes_in_float32(node)
+    if not (fits and of_parameters(bias) and of_parameters(weight)):
+        return
+    with captured.graph.inserting_before(node):
+        turned = call(captured.graph, "transpose", weight, 0, 1)
+    turned.meta["path"] = path_of(node)
+    node.target = OPS["linear"].target
+    node.args, node.kwargs = OPS["linear"].normal({"input": values["mat1"], "weight": turned, "bias": bias})
+
+
 def _why_not(captured: Captured, node: fx.Node) -> str | None:
     """Why `node` can't be quantized, or None."""
+    if kind_of(node) == ADDMM:
+        return "it isn't a product with parameters, plus a bias"
     if node.op == "call_module" and (why := unexposable(node)) is not None:
         return why
-    if weight_name(node) is None:
-        return "the weight is computed, or is quantized already"
-    dtype = getattr(node.meta.get("fxc"), "dtype", None)
-    return None if dtype is torch.float32 else f"it computes in {str(dtype).removeprefix('torch.')}"
+    value = arguments(node).get("weight")
+    if isinstance(value, fx.Node) and kind_of(value) == "quantizer":
+        return "it is quantized already"
+    if parameter_of(node, "weight") is None and not of_parameters(value):
+        return "the weight depends on more than parameters"
+    return None if _computes_in_float32(node) else "it doesn't compute in float32"
 
 
-def weight_name(node: fx.Node) -> str | None:
-    """How the weight that `node` reads is called: a parameter, masked or not, or a part of one (the rows of a packed
-    projection), which gets the name it would have at the layer's path. None for one that is computed otherwise."""
-    name = parameter_of(node, "weight")
-    if name is None and is_part(arguments(node).get("weight")):
-        return f"{path_of(node)}.weight"
-    return name
+def _computes_in_float32(node: fx.Node) -> bool:
+    return getattr(node.meta.get("fxc"), "dtype", None) is torch.float32
+
+
+def weight_name(node: fx.Node) -> str:
+    """How the weight that `node` reads is called: a parameter, masked or not, or, where it is computed from parameters
+    (the rows of a packed projection, standardised filters), what it would be called at the layer's path."""
+    name, root = parameter_of(node, "weight"), node.graph.owning_module
+    if name is not None:
+        return name
+    try:
+        home = root.get_submodule(path_of(node)) if root is not None and path_of(node) else None
+    except AttributeError:
+        home = None
+    if home is None:
+        return f"{node.name}_weight"
+    taken = "weight_quantizer" in home._modules  # another product of the same module has it
+    return f"{path_of(node)}.{f'{node.name}_weight' if taken else 'weight'}"
 
 
 def channels_of(node: fx.Node) -> int | None:

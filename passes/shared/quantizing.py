@@ -69,7 +69,6 @@ def _weight(settings: Quantize, captured: Captured, site: Site, node: fx.Node) -
     """A quantizer on the weight; its range is that of the values it has now."""
     source = expose(captured, node)
     name = weight_name(node)
-    assert name is not None
     weight = evaluated(captured.module, source)
     axis = channels_of(node) if settings.granularity == "per_channel" else None
     rows = 1 if axis is None else weight.shape[axis]

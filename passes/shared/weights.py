@@ -46,13 +46,19 @@ def expose(captured: Captured, node: fx.Node, name: str = "weight") -> fx.Node:
     return source
 
 
-def is_part(value: object) -> bool:
-    """Whether a value is what `split` gives of a parameter."""
-    if not isinstance(value, fx.Node) or kind_of(value) != "getitem":
-        return False
-    split = value.args[0]
-    return isinstance(split, fx.Node) and kind_of(split) == "split" and (
-        isinstance(split.args[0], fx.Node) and split.args[0].op == "get_attr")
+def of_parameters(value: object) -> bool:
+    """Whether a value is a parameter or buffer, or is computed from such alone: standardised, transposed, split."""
+    stack, seen = [value], set()
+    while stack:
+        node = stack.pop()
+        if not isinstance(node, fx.Node) or node.op == "placeholder":
+            return False
+        if node not in seen:
+            seen.add(node)
+            if node.op != "get_attr" and not node.all_input_nodes:
+                return False  # drawn at random, or by the mode
+            stack += node.all_input_nodes
+    return True
 
 
 def unexposable(node: fx.Node) -> str | None:
