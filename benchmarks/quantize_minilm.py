@@ -3,9 +3,9 @@
     python benchmarks/quantize_minilm.py [--only static ...] [--peer] [--out benchmarks/results/quantize_minilm.csv]
     python benchmarks/quantize_minilm.py --show      # the table of the CSV, without running anything
 
-The model and the sentences are those of `minilm.py`: 128 sentences to calibrate on, 256 from other documents to test on.
-What is measured is the finalized model: integer kernels on this CPU. A policy that this version can't read is said to
-be so. With `--peer` torch's own `quantize_dynamic` is measured too, in a process of its own.
+The model and the sentences are those of `minilm.py`: 128 sentences to calibrate on, 256 from other documents to test
+on. What is measured is the finalized model: integer kernels on this CPU. A policy that this version can't read is said
+to be so. With `--peer` torch's own `quantize_dynamic` is measured too, in a process of its own.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ def peer() -> Row:
     expected = embeddings(model, test)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, torch.qint8)
+        found = torch.ao.quantization.quantize_dynamic(  # noqa: TID251
+            model, {torch.nn.Linear}, torch.qint8)
     mean, least = cosines(embeddings(found, test), expected)
     return {"way": PEER, "weights": "8", "values": "8", "cosine": mean, "least": least, "layers": 36}
 

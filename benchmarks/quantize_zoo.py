@@ -4,9 +4,9 @@
     python benchmarks/quantize_zoo.py --show      # the table of the CSV, without running anything
 
 Small inputs, random weights (`zoo_models.enliven` gives those that are constant values). All that the policy
-`quantize conv2d | linear | multihead_attention | addmm` selects is counted: how many layers that are, how many stay in float
-and why, and how far the simulated model is from the float one, relative to it; with `--kernels` the lowered one too.
-Weights that nobody trained are a hard case: what a deep model gives is small beside what cancels in it.
+`quantize conv2d | linear | multihead_attention | addmm` selects is counted: how many layers that are, how many stay in
+float and why, and how far the simulated model is from the float one, relative to it; with `--kernels` the lowered one
+too.
 """
 
 from __future__ import annotations
@@ -94,6 +94,18 @@ def _sequence() -> tuple[Tensor, Tensor]:
     return torch.randn(2, 6, 32), torch.randn(2, 4, 32)
 
 
+class _Recurrent(nn.Module):
+    """A recurrent layer between linear ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.rnn, self.after = nn.Linear(32, 16), nn.GRU(16, 16, batch_first=True), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found, state = self.rnn(self.before(x).relu())
+        return self.after(found) + self.after(state[-1])[:, None]
+
+
 _PATCHES = {"image_size": 32, "patch_size": 8}
 SUBJECTS: Mapping[str, Subject] = {
     **{name: _torchvision(name) for name in (
@@ -105,7 +117,7 @@ SUBJECTS: Mapping[str, Subject] = {
     **{f"timm/{name}": _timm(name) for name in (
         "tf_efficientnet_lite0", "tf_mobilenetv3_small_100", "ghostnet_050", "repvgg_a0", "nfnet_f0", "resnetv2_50",
         "hrnet_w18_small", "mobilevitv2_050", "edgenext_xx_small", "hardcorenas_a")},
-    "timm/deit_tiny_patch16_224": _timm("deit_tiny_patch16_224", 224), "timm/mixer_s32_224": _timm("mixer_s32_224", 224),
+    **{f"timm/{name}": _timm(name, 224) for name in ("deit_tiny_patch16_224", "mixer_s32_224")},
     "transformers/bert": _transformers("BertModel", words, **_SMALL),
     "transformers/distilbert": _transformers("DistilBertModel", words, dim=32, n_layers=2, n_heads=4, hidden_dim=64),
     "transformers/roberta": _transformers("RobertaModel", words, **_SMALL),
@@ -115,20 +127,8 @@ SUBJECTS: Mapping[str, Subject] = {
     "transformers/convnext": _transformers("ConvNextModel", lambda: images(64), hidden_sizes=[16, 16, 32, 32],
                                            depths=[1, 1, 1, 1]),
     "nn/Transformer": Subject(lambda: nn.Transformer(32, 4, 2, 2, 64, batch_first=True), _sequence),
-    "nn/GRU": Subject(lambda: _Recurrent(), lambda: (torch.randn(2, 6, 32),)),
+    "nn/GRU": Subject(_Recurrent, lambda: (torch.randn(2, 6, 32),)),
 }
-
-
-class _Recurrent(nn.Module):
-    """A recurrent layer between linear ones."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.before, self.rnn, self.after = nn.Linear(32, 16), nn.GRU(16, 16, batch_first=True), nn.Linear(16, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        found, state = self.rnn(self.before(x).relu())
-        return self.after(found) + self.after(state[-1])[:, None]
 
 
 def run(name: str, kernels: bool) -> Row:
@@ -145,7 +145,7 @@ def run(name: str, kernels: bool) -> Row:
     result = fxcompress.compile(policy, model, inputs, calibration=[inputs])
     (step,) = result.plan.steps
     left = [note for note in step.notes if " in float: " in note]
-    row: Row = {"model": name, "layers": asked, "quantized": len(step.changes), "left": max(0, asked - len(step.changes)),
+    row: Row = {"model": name, "layers": asked, "quantized": len(step.changes), "left": asked - len(step.changes),
                 "drift": drift(result.module.eval(), model, inputs), "why": left}
     integers = {node.args[0].meta["fxc"].dtype for node in result.captured.graph.nodes if kind_of(node) == "quantizer"}
     assert integers == {torch.float32}, f"{name}: a quantizer on {integers}"
@@ -202,7 +202,7 @@ def main() -> None:
                 rows.append(run(name, args.kernels))
             except FxcError as error:
                 rows.append({"model": name, "why": [str(item.message) for item in error.diagnostics]})
-            print({key: value for key, value in rows[-1].items()}, flush=True)
+            print(rows[-1], flush=True)
             write(args.out, rows, COLUMNS)
     print(table([row for row in read(args.out) if row["layers"]]))
 

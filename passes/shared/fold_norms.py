@@ -54,7 +54,7 @@ class _Norm:
         values = arguments(node)
         found = [evaluated(captured.module, value) if isinstance(value, fx.Node) else value
                  for value in (values[name] for name in _STATISTICS)]
-        return cls(*found, eps=float(values["eps"]))
+        return cls(found[0], found[1], found[2], found[3], float(values["eps"]))
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
         """The same as x·scale + shift, float64."""

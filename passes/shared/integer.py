@@ -21,8 +21,8 @@ Role = Literal["product", "activation", "add", "passes", "joins"]
 
 # Operator -> what it does to integers. Of the activations those that the kernels apply to their own result.
 ROLES: Mapping[str, Role] = {
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear"),
-                    "product"),
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
+                     "linear"), "product"),
     **dict.fromkeys(("relu", "relu6", "hardtanh", "hardswish", "silu"), "activation"),
     "add": "add",
     **dict.fromkeys(("max_pool2d", "reshape", "view", "flatten", "unflatten", "permute", "transpose", "squeeze",

@@ -1,6 +1,7 @@
 """The normal form that `quantize` wants: attention as linear layers, paddings as settings of their convolutions.
 
-What is selected comes out as calls that a quantizer can be put on the weight of; what can't be is named with its reason.
+What is selected comes out as calls that a quantizer can be put on the weight of; what can't be is named with its
+reason.
 """
 
 from __future__ import annotations
