@@ -25,6 +25,7 @@ from ..nn import (
     IntMaxPool2d,
     IntMean,
     Mask,
+    PackedConv2d,
     Quantizer,
     Reorder,
     ToFloat,
@@ -179,6 +180,9 @@ def _rows() -> Iterable[SavedClass]:
     yield SavedClass(ToFloat, {"reads": READS})
     yield SavedClass(IntMaxPool2d, {"kernel_size": NUMBERS, "stride": NUMBERS, "padding": NUMBERS, "dilation": NUMBERS,
                                     "ceil_mode": FLAG})
+    yield SavedClass(PackedConv2d, {"shape": NUMBERS, "has_bias": FLAG, "stride": NUMBERS, "padding": NUMBERS,
+                                    "dilation": NUMBERS, "groups": WHOLE, "adds": FLAG, "activation": WORD,
+                                    "numbers": Argument(lambda c: tuple(item.number() for item in c.items(8)))})
     yield SavedClass(IntMean, {"reads": READS, "keepdim": FLAG})
     yield SavedClass(Interleave, {})
     yield SavedClass(IntLinear, _PRODUCT)

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, fx
 
+from ..backends.floats import lower_floats
 from ..backends.int8 import Lowered, lower
 from ..diagnostics import Diagnostic, PlanError, Sink
 from ..graph.calibration import Calibration
@@ -73,6 +74,11 @@ def put_integers_in(captured: Captured, data: Calibration | None) -> list[str]:
     return held_against(simulated, captured, done, data)
 
 
+def pack_floats(captured: Captured) -> None:
+    """Fold norms and pack what stays in float for the CPU, in place and verified."""
+    _rewritten(captured, lower_floats, Origin("finalize", "python", "result.finalize()", "(end)", "packed for the CPU"))
+
+
 def finish(captured: Captured, policy: Policy, baseline: Baseline, lets: Mapping[str, Bound], target: str,
            data: Calibration | None = None) -> Finished:
     """A copy of `captured` for `target` with nothing left of training, in evaluation mode. `data` are what integer
@@ -93,14 +99,16 @@ def finish(captured: Captured, policy: Policy, baseline: Baseline, lets: Mapping
         notes = put_integers_in(final, data) if target == "cpu" else [
             "quantized layers round and compute in float: there are integer kernels for `cpu` alone"]
     sink = Sink()
-    totals = totals_of(final)
-    _judge_budgets(policy, baseline, totals, final, sink)
     measuring = Measuring(final, baseline, lets)
     measured = tuple(measuring.measure(expect) for expect in policy.expects)
     sink.items += [failure(expect, found) for expect, found in zip(policy.expects, measured, strict=True)
                    if not found.holds]
+    counted = totals_of(final)
+    if target == "cpu":
+        pack_floats(final)
+    _judge_budgets(policy, baseline, counted, final, sink)
     sink.raise_if_errors(PlanError)
-    return Finished(final, totals, measured, tuple(notes))
+    return Finished(final, totals_of(final), measured, tuple(notes))
 
 
 def device_for(target: str) -> str:

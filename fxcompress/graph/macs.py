@@ -18,7 +18,7 @@ def macs_of(kind: str, node: fx.Node, value: Any, value_of: Values) -> int:
     """Multiply-accumulates of `node`, whose value is `value`, in one forward pass at the example's batch size."""
     if kind in _RECURRENT and node.op == "call_module":
         return _recurrent(node, value_of)
-    if kind in _INTEGER:
+    if kind in _HOLDERS:
         weight = module_of(node).get_parameter("weight")
         return int(value.numel()) * (weight.numel() // weight.shape[0])
     counter = _COUNTERS.get(kind)
@@ -86,7 +86,7 @@ def _multihead(a: Mapping[str, Any], out: Any, of: Values) -> int:
     return int(projections + 2 * rows_q * sequence * embed + rows_q * embed * embed)
 
 
-_INTEGER = ("int_conv2d", "int_linear")  # they hold their weights; each output element sums over one filter
+_HOLDERS = ("int_conv2d", "int_linear", "packed_conv2d")  # they hold their weights; each output element sums over one filter
 _RECURRENT = ("lstm", "gru", "rnn", "lstm_cell", "gru_cell", "rnn_cell")
 
 

@@ -11,5 +11,6 @@ from .moving import IntMaxPool2d as IntMaxPool2d
 from .moving import IntMean as IntMean
 from .moving import ToFloat as ToFloat
 from .moving import ToInteger as ToInteger
+from .packed import PackedConv2d as PackedConv2d
 from .quantizer import Quantizer as Quantizer
 from .reorder import Reorder as Reorder
