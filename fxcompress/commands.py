@@ -126,8 +126,11 @@ def run_through(result: Result) -> None:
 
 
 @_reporting
-def inspect(directory: Path, format: str = "text") -> int:
-    """Print the report of the artifact in `directory`: `text`, `json`, or `html` for one page with plan and policy."""
+def inspect(directory: Path, format: str = "text", plots: Path | None = None) -> int:
+    """Print the report of the artifact in `directory`: `text`, `json`, or `html` for one page with plan and policy. Into
+    the folder `plots` pictures of its quantization are drawn."""
+    for path in inspection.plots(directory, plots) if plots is not None else ():
+        print(f"drawn: {path}", file=sys.stderr)
     if format == "html":
         sys.stdout.write(inspection.html_page(directory))
         return 0

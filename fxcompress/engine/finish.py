@@ -25,6 +25,8 @@ from ..plan.totals import totals_of
 from ..policy.model import Policy
 from .integers import held_against, is_quantized, require_ranges
 from .measure import Baseline, Measured, Measuring, failure
+from .quantization import Quantization
+from .quantization import measure as measure_quantization
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Finished:
     totals: Totals
     measured: tuple[Measured, ...]
     notes: tuple[str, ...] = ()
+    quantization: Quantization | None = None
 
 
 def take_masks_off(captured: Captured, *, fold: bool) -> None:
@@ -59,9 +62,9 @@ def _rewritten(captured: Captured, rewrite: Callable[[Captured], Iterable[fx.Nod
     verify(captured, before)
 
 
-def put_integers_in(captured: Captured, data: Calibration | None) -> list[str]:
-    """Replace what is quantized by integer kernels, in place and verified; returns what to note. Raises PlanError
-    (FXC0573)."""
+def put_integers_in(captured: Captured, data: Calibration | None) -> tuple[list[str], Quantization]:
+    """Replace what is quantized by integer kernels, in place and verified; returns what to note and what was measured.
+    Raises PlanError (FXC0573)."""
     simulated, done = captured.copy(), Lowered()
 
     def rewrite(captured: Captured) -> Iterable[fx.Node]:
@@ -70,7 +73,8 @@ def put_integers_in(captured: Captured, data: Calibration | None) -> list[str]:
         return [node for node in captured.graph.nodes if node not in there]
 
     _rewritten(captured, rewrite, Origin("finalize", "python", "result.finalize()", "(end)", "computes in integers"))
-    return held_against(simulated, captured, done, data)
+    notes = held_against(simulated, captured, done, data)
+    return notes, measure_quantization(simulated, captured, done, data)
 
 
 def finish(captured: Captured, policy: Policy, baseline: Baseline, lets: Mapping[str, Bound], target: str,
@@ -89,9 +93,11 @@ def finish(captured: Captured, policy: Policy, baseline: Baseline, lets: Mapping
     final.module.eval()
     final = replace(final, module=final.module.to(target), example=_moved(final.example, target))
     notes: list[str] = []
-    if is_quantized(final):
-        notes = put_integers_in(final, data) if target == "cpu" else [
-            "quantized layers round and compute in float: there are integer kernels for `cpu` alone"]
+    quantization = None
+    if is_quantized(final) and target == "cpu":
+        notes, quantization = put_integers_in(final, data)
+    elif is_quantized(final):
+        notes = ["quantized layers round and compute in float: there are integer kernels for `cpu` alone"]
     sink = Sink()
     totals = totals_of(final)
     _judge_budgets(policy, baseline, totals, final, sink)
@@ -100,7 +106,7 @@ def finish(captured: Captured, policy: Policy, baseline: Baseline, lets: Mapping
     sink.items += [failure(expect, found) for expect, found in zip(policy.expects, measured, strict=True)
                    if not found.holds]
     sink.raise_if_errors(PlanError)
-    return Finished(final, totals, measured, tuple(notes))
+    return Finished(final, totals, measured, tuple(notes), quantization)
 
 
 def device_for(target: str) -> str:

@@ -1,0 +1,389 @@
+"""What quantization did to a model, layer by layer: ranges, what is clipped, errors against float, bytes, times.
+
+An error is told as a signal-to-quantization-noise ratio (SQNR), 10·log10(Σx² / Σ(x − q)²) in decibels, where x are the
+numbers in float and q what stands in their place. It is measured when a model is finalized, and kept as plain data in
+the report of the artifact: see `fxcompress.inspect.quantization`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..backends.int8 import Lowered
+from ..graph.calibration import Calibration
+from ..graph.calibration import inputs_of as batch_of
+from ..graph.captured import Captured
+from ..graph.comparing import inputs_of
+from ..graph.interpret import evaluated, evaluating, values_of
+from ..graph.ops import arguments, kind_of, module_of
+from ..graph.select import label
+from ..nn.quantizer import Quantizer
+from ..passes.shared.integer import data_of, regions_of, role_of
+from .measure import tensors_in
+
+SAMPLES = 64  # of the calibration data that are measured on: whole batches, until there are as many
+ROUNDS = 5  # of timing, of which the median counts; one more before them warms up
+WORST, BINS = 6, 128  # layers whose histograms are kept; bins of each
+FLOAT = "float"  # the kernel of a layer that is left as it is
+
+
+@dataclass(frozen=True)
+class Error:
+    """`signal` is Σx², `noise` Σ(x − q)²."""
+
+    signal: float
+    noise: float
+
+    @property
+    def sqnr(self) -> float:
+        """In decibels: infinite where there is no noise, minus infinite where there is nothing else."""
+        if not self.noise:
+            return math.inf
+        return 10 * math.log10(self.signal / self.noise) if self.signal else -math.inf
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How a tensor is rounded, and what that does to it. `low` to `high` is the range that its integers reach (of a
+    tensor of several scales the widest); `clipped` is the share of its numbers that lie outside, in [0, 1]."""
+
+    bits: int
+    signed: bool
+    symmetric: bool
+    granularity: str
+    low: float
+    high: float
+    clipped: float
+    error: Error
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer. `reads` is how the values are rounded that it computes with, and `weight` its weight, each measured
+    by itself: rounded against the very same numbers in float. `gives` is what comes out of the layer, activation and
+    rounding included, with all the rounding before it, against the model in float.
+
+    `bytes` are those of weight, scales and bias, in float and now; `seconds` is the median time of the layer's kernel
+    for one batch of example inputs, None where it can't be told apart; `why` says why this kernel, or why `float`.
+    """
+
+    layer: str
+    kind: str
+    kernel: str
+    why: str
+    bytes: tuple[int, int]
+    seconds: float | None = None
+    reads: Rounding | None = None
+    weight: Rounding | None = None
+    gives: Error | None = None
+
+    @property
+    def own(self) -> float:
+        """The lower SQNR of the two that the layer's own rounding has."""
+        return min((part.error.sqnr for part in (self.reads, self.weight) if part is not None), default=math.inf)
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """How often numbers of a layer's `what` (`reads` or `weight`) fall in each of evenly spaced bins from `low` to
+    `high`, and the range that integers `reach`. A weight is counted in steps of its scales."""
+
+    layer: str
+    what: str
+    low: float
+    high: float
+    reach: tuple[float, float]
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """Every layer that multiplies, in the order of the graph, measured on so many `samples`; the histograms of those
+    whose own rounding has the lowest SQNR, the lowest first; the error of what the model gives. Times are those of a
+    batch of so many samples, `seconds` that of the whole model, node by node."""
+
+    samples: int
+    batch: int
+    seconds: float
+    gives: Error
+    rows: tuple[LayerRow, ...]
+    histograms: tuple[Histogram, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self), allow_nan=False))
+        return plain
+
+    def explained(self, notes: Iterable[str]) -> Quantization:
+        """With the reasons that passes gave in their notes, `LAYER stays in float: WHY`, for layers in float."""
+        said = {layer: why for layer, found, why in (note.partition(" stays in float: ") for note in notes) if found}
+        return replace(self, rows=tuple(replace(row, why=said.get(row.layer, row.why)) if row.kernel == FLOAT else row
+                                        for row in self.rows))
+
+
+def measure(simulated: Captured, lowered: Captured, done: Lowered, data: Calibration | None) -> Quantization:
+    """The table of `simulated`, whose quantizers have ranges, and of `lowered`, which `done` made of it: on the first
+    batches of `data`, or on the example inputs. Takes a run in float and one with rounding, another in float for the
+    histograms, and the memory of one batch in each; then the runs of `lowered` that are timed."""
+    places = _places(simulated)
+    run = _Run(simulated, data, places)
+    run.compare()
+    seconds = times(lowered)
+    rows = tuple(_row(run, place, done, seconds) for place in places)
+    worst = sorted(zip(rows, places, strict=True), key=lambda pair: pair[0].own)
+    chosen = [pair for pair in worst if pair[1].rounded][:WORST]
+    return Quantization(run.samples, _samples(inputs_of(simulated)), sum(seconds.values()), run.result.error, rows,
+                        tuple(run.histograms(chosen)))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a layer stands in the simulation: the node that it reads, the quantizers behind that and on its weight,
+    and the node that holds what it gives."""
+
+    node: fx.Node
+    data: fx.Node | None
+    reads: Quantizer | None
+    weight: Quantizer | None
+    gives: fx.Node
+
+    @property
+    def rounded(self) -> bool:
+        return self.reads is not None or self.weight is not None
+
+
+def _places(captured: Captured) -> list[_Place]:
+    """Those of all that multiply and accumulate; what isn't quantized gives its own value."""
+    layers = [node for node in captured.graph.nodes if getattr(node.meta.get("fxc"), "macs", 0)]
+    weights = {node: quantizer for node in layers if role_of(node) == "product"
+               and (quantizer := _quantizer(arguments(node).get("weight"))) is not None}
+    ends = {region.product: region.end for region in (regions_of(list(weights)) if weights else ())}
+    found = []
+    for node in layers:
+        data = next(iter(data_of(node)), None) if node in weights else None
+        end = ends.get(node, node)
+        rounding = [user for user in end.users if kind_of(user) == "quantizer"]
+        found.append(_Place(node, data, _grid(data), weights.get(node), (rounding or [end])[0]))
+    return found
+
+
+def _quantizer(node: object) -> Quantizer | None:
+    found = module_of(node) if isinstance(node, fx.Node) and node.op == "call_module" else None
+    return found if isinstance(found, Quantizer) else None
+
+
+def _grid(node: fx.Node | None) -> Quantizer | None:
+    """The quantizer on whose grid the value of `node` lies: its own, or that of what it moves."""
+    while node is not None and _quantizer(node) is None:
+        node = next(iter(data_of(node)), None) if role_of(node) in ("passes", "joins") else None
+    return _quantizer(node)
+
+
+class _Unrounded(fx.Interpreter):
+    """Runs a graph as if there were no quantizers in it."""
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a quantizer reads; else the value of the module."""
+        return args[0] if isinstance(self.fetch_attr(target), Quantizer) else super().call_module(target, args, kwargs)
+
+
+@dataclass
+class _Sum:
+    """What is counted of one tensor, batch after batch. Numbers that aren't finite in float (masks of attention) are
+    passed over; what came to be infinite by rounding counts as the greatest number."""
+
+    signal: float = 0.0
+    noise: float = 0.0
+    clipped: int = 0
+    count: int = 0
+    low: float = math.inf
+    high: float = -math.inf
+
+    def add(self, exact: Tensor, found: Tensor, quantizer: Quantizer | None = None) -> None:
+        """Take in numbers, and what stands in their place; with `quantizer` also what that clips, and the extremes."""
+        exact, found = exact.detach(), found.detach()
+        finite = exact.isfinite()
+        if not bool(finite.all()):
+            exact, found = torch.where(finite, exact, 0), torch.where(finite, found, 0)
+        found = found.nan_to_num(torch.finfo(found.dtype).max)
+        self.signal += _square(exact)
+        self.noise += _square(exact - found)
+        if quantizer is not None and exact.numel():
+            self.count += int(finite.sum())
+            self.clipped += int(clipped(quantizer, exact).sum())
+            low, high = exact.aminmax()
+            self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
+
+    @property
+    def error(self) -> Error:
+        return Error(self.signal, self.noise)
+
+
+def _square(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
+
+
+def steps_of(quantizer: Quantizer, x: Tensor) -> Tensor:
+    """`x` in steps of the scales and from their zero points, neither rounded nor clipped: [rows, n]."""
+    return quantizer.in_rows(x) * (1.0 / quantizer.scale[:, None]) + quantizer.zero_point[:, None]
+
+
+def clipped(quantizer: Quantizer, x: Tensor) -> Tensor:
+    """Which numbers of `x` round to no integer of the scheme, but beyond: booleans, [rows, n]."""
+    integers = (quantizer.in_rows(x) * (1.0 / quantizer.scale[:, None])).round_() + quantizer.zero_point[:, None]
+    return (integers < quantizer.scheme.low) | (integers > quantizer.scheme.high)
+
+
+class _Run:
+    """The runs over the data, and what was summed up in them."""
+
+    def __init__(self, simulated: Captured, data: Calibration | None, places: Sequence[_Place]) -> None:
+        self.simulated, self.data, self.places = simulated, data, places
+        self.samples = 0
+        self.result = _Sum()
+        self.reads = {place.data: _Sum() for place in places if place.data is not None and place.reads is not None}
+        self.gives = {place.gives: _Sum() for place in places}
+
+    def compare(self) -> None:
+        """Both models side by side: `samples` and every sum."""
+        rounding = {place.data: place.reads for place in self.places}
+        exact_run, run = _Unrounded(self.simulated.module), fx.Interpreter(self.simulated.module)
+        for inputs in self._batches():
+            self.samples += _samples(inputs)
+            pairs = zip(values_of(exact_run, inputs), values_of(run, inputs), strict=True)
+            for (node, exact), (_, found) in pairs:
+                if node in self.reads:
+                    quantizer = rounding[node]
+                    assert quantizer is not None
+                    self.reads[node].add(exact, quantizer(exact), quantizer)
+                if node in self.gives or node.op == "output":
+                    total = self.gives.get(node, self.result)
+                    for one, other in zip(_floats(exact), _floats(found), strict=True):
+                        total.add(one, other)
+
+    def histograms(self, chosen: Sequence[tuple[LayerRow, _Place]]) -> Iterator[Histogram]:
+        """Of what the layers read, in another run, and of their weights."""
+        watched = {place.data: torch.zeros(BINS) for _, place in chosen if place.data in self.reads}
+        edges = {node: _edges(self.reads[node].low, self.reads[node].high) for node in watched if node is not None}
+        if watched:
+            run = _Unrounded(self.simulated.module)
+            for inputs in self._batches():
+                for node, value in values_of(run, inputs):
+                    if node in watched:
+                        watched[node] += torch.histc(value.detach().float().cpu(), BINS, *edges[node])
+        for row, place in chosen:
+            if place.data in watched and row.reads is not None:
+                yield Histogram(row.layer, "reads", *edges[place.data], (row.reads.low, row.reads.high),
+                                tuple(map(int, watched[place.data].tolist())))
+            if place.weight is not None:
+                steps = steps_of(place.weight, weight_of(self.simulated, place.node)).cpu()
+                low, high = _edges(float(steps.min()), float(steps.max()))
+                yield Histogram(row.layer, "weight", low, high,
+                                (float(place.weight.scheme.low), float(place.weight.scheme.high)),
+                                tuple(map(int, torch.histc(steps, BINS, low, high).tolist())))
+
+    def _batches(self) -> Iterator[list[Any]]:
+        """The inputs of the batches that are measured on, one at a time, in evaluation mode."""
+        with evaluating(self.simulated.module):
+            if self.data is None:
+                yield inputs_of(self.simulated)
+                return
+            seen = 0
+            for number, batch in enumerate(self.data.batches, 1):
+                inputs = batch_of(self.simulated, batch, number)
+                yield inputs
+                seen += _samples(inputs)
+                if seen >= SAMPLES:
+                    return
+
+
+def _edges(low: float, high: float) -> tuple[float, float]:
+    """The ends of a histogram over numbers from `low` to `high`, apart from one another in any case."""
+    return (low, high) if low < high else (low - 0.5, low + 0.5)
+
+
+def _floats(value: Any) -> list[Tensor]:
+    return [tensor for tensor in tensors_in(value) if tensor.is_floating_point()]
+
+
+def _samples(inputs: Sequence[Any]) -> int:
+    """The samples of a batch: the first dimension of its first tensor that has one."""
+    return next((len(value) for value in tensors_in(inputs) if value.dim()), 1)
+
+
+def weight_of(captured: Captured, node: fx.Node) -> Tensor:
+    """The weight that the layer `node` computes with, in float: what the quantizer on it reads."""
+    with torch.no_grad():
+        weight: Tensor = evaluated(captured.module, arguments(node)["weight"].args[0])
+    return weight.detach()
+
+
+def _row(run: _Run, place: _Place, done: Lowered, seconds: dict[str, float]) -> LayerRow:
+    node, name = place.node, place.node.name
+    gives = run.gives[place.gives].error
+    kernel = done.kernels.get(name)
+    if place.weight is None:
+        why = "no rule selects it" if role_of(node) == "product" else f"there is no integer kernel for {kind_of(node)}"
+        size = node.meta["fxc"].bytes
+        return LayerRow(label(node), kind_of(node), FLOAT, why, (size, size), seconds.get(name), gives=gives)
+    weight = weight_of(run.simulated, node)
+    bias = arguments(node).get("bias")
+    held = [weight, *([evaluated(run.simulated.module, bias)] if isinstance(bias, fx.Node) else [])]
+    before = after = sum(tensor.numel() * tensor.element_size() for tensor in held)
+    shown, why = FLOAT, done.left.get(name, "")
+    if kernel is not None:
+        module = module_of(kernel)
+        assert isinstance(module, nn.Module)
+        shown, why = type(module).__name__, done.chosen.get(name, "")
+        after = sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
+    total = _Sum()
+    total.add(weight, place.weight(weight), place.weight)
+    reads = None
+    if place.data is not None and place.reads is not None:
+        reads = _rounding(place.reads, run.reads[place.data])
+    return LayerRow(label(node), kind_of(node), shown, why, (before, after),
+                    seconds.get(kernel.name if kernel is not None else name), reads,
+                    _rounding(place.weight, total), gives)
+
+
+def _rounding(quantizer: Quantizer, total: _Sum) -> Rounding:
+    scheme, zero = quantizer.scheme, quantizer.zero_point
+    low, high = ((end - zero) * quantizer.scale for end in (scheme.low, scheme.high))
+    return Rounding(scheme.bits, scheme.signed, scheme.symmetric,
+                    "per_tensor" if quantizer.axis is None else "per_channel", float(low.min()), float(high.max()),
+                    total.clipped / max(1, total.count), total.error)
+
+
+class _Timed(fx.Interpreter):
+    """Runs a graph and notes how long each node takes, in seconds, run after run."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.seconds: dict[str, list[float]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """The value of `n`."""
+        begun = time.perf_counter()
+        value = super().run_node(n)
+        self.seconds.setdefault(n.name, []).append(time.perf_counter() - begun)
+        return value
+
+
+def times(captured: Captured) -> dict[str, float]:
+    """The median time of each node of `captured` for the example inputs, in seconds, by its name: within runs of the
+    whole model, so that what it reads lies where it lies in use. On the CPU."""
+    run, inputs = _Timed(captured.module), inputs_of(captured)
+    with evaluating(captured.module):
+        for _ in range(ROUNDS + 1):
+            for _ in values_of(run, inputs):
+                pass
+    return {name: statistics.median(found[1:]) for name, found in run.seconds.items()}
