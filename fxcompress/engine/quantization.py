@@ -139,10 +139,12 @@ def measure(simulated: Captured, lowered: Captured, done: Lowered, data: Calibra
     run.compare()
     seconds = times(lowered)
     rows = tuple(_row(run, place, done, seconds) for place in places)
-    worst = sorted(zip(rows, places, strict=True), key=lambda pair: pair[0].own)
-    chosen = [pair for pair in worst if pair[1].rounded][:WORST]
+    chosen: dict[object, tuple[LayerRow, _Place]] = {}  # of layers that read the same values the worst
+    for row, place in sorted(zip(rows, places, strict=True), key=lambda pair: pair[0].own):
+        if place.weight is not None and len(chosen) < WORST:
+            chosen.setdefault(place.data, (row, place))
     return Quantization(run.samples, _samples(inputs_of(simulated)), sum(seconds.values()), run.result.error, rows,
-                        tuple(run.histograms(chosen)))
+                        tuple(run.histograms(list(chosen.values()))))
 
 
 @dataclass(frozen=True)
@@ -156,13 +158,10 @@ class _Place:
     weight: Quantizer | None
     gives: fx.Node
 
-    @property
-    def rounded(self) -> bool:
-        return self.reads is not None or self.weight is not None
-
 
 def _places(captured: Captured) -> list[_Place]:
-    """Those of all that multiply and accumulate; what isn't quantized gives its own value."""
+    """Those of all that multiply and accumulate. They give the value behind the activation that their kernel applies,
+    rounded where it is rounded."""
     layers = [node for node in captured.graph.nodes if getattr(node.meta.get("fxc"), "macs", 0)]
     weights = {node: quantizer for node in layers if role_of(node) == "product"
                and (quantizer := _quantizer(arguments(node).get("weight"))) is not None}
