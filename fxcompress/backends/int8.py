@@ -16,7 +16,8 @@ from ..graph.propagate import drop_dead
 from ..graph.provenance import inherit
 from ..graph.tree import named_tensors
 from ..nn.affine import quantize
-from ..nn.integer import FLOATS, After, Grid, IntConv2d, IntLinear, IntMaxPool2d, ToFloat, ToInteger
+from ..nn.integer import FLOATS, After, Grid, IntConv2d, IntLinear
+from ..nn.moving import IntMaxPool2d, ToFloat, ToInteger
 from ..nn.quantizer import Quantizer
 from ..passes.shared.calibrating import quantizers_of
 from ..passes.shared.integer import Region, data_of, regions_of, role_of

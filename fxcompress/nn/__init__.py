@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from .integer import IntConv2d as IntConv2d
 from .integer import IntLinear as IntLinear
-from .integer import IntMaxPool2d as IntMaxPool2d
-from .integer import ToFloat as ToFloat
-from .integer import ToInteger as ToInteger
 from .mask import Mask as Mask
 from .mode import ByMode as ByMode
+from .moving import Interleave as Interleave
+from .moving import IntMaxPool2d as IntMaxPool2d
+from .moving import IntMean as IntMean
+from .moving import ToFloat as ToFloat
+from .moving import ToInteger as ToInteger
 from .quantizer import Quantizer as Quantizer
 from .reorder import Reorder as Reorder
