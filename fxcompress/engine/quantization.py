@@ -137,8 +137,9 @@ def measure(simulated: Captured, lowered: Captured, done: Lowered, data: Calibra
     places = _places(simulated)
     run = _Run(simulated, data, places)
     run.compare()
-    seconds = times(lowered)
-    rows = tuple(_row(run, place, done, seconds) for place in places)
+    timed = lowered.copy()  # whose kernels are chosen for the shapes of the example inputs, which they see first
+    seconds = times(timed)
+    rows = tuple(_row(run, place, done, timed, seconds) for place in places)
     chosen: dict[object, tuple[LayerRow, _Place]] = {}  # of layers that read the same values the worst
     for row, place in sorted(zip(rows, places, strict=True), key=lambda pair: pair[0].own):
         if place.weight is not None and len(chosen) < WORST:
@@ -326,7 +327,7 @@ def weight_of(captured: Captured, node: fx.Node) -> Tensor:
     return weight.detach()
 
 
-def _row(run: _Run, place: _Place, done: Lowered, seconds: dict[str, float]) -> LayerRow:
+def _row(run: _Run, place: _Place, done: Lowered, timed: Captured, seconds: dict[str, float]) -> LayerRow:
     node, name = place.node, place.node.name
     gives = run.gives[place.gives].error
     kernel = done.kernels.get(name)
@@ -336,14 +337,12 @@ def _row(run: _Run, place: _Place, done: Lowered, seconds: dict[str, float]) -> 
         return LayerRow(label(node), kind_of(node), FLOAT, why, (size, size), seconds.get(name), gives=gives)
     weight = weight_of(run.simulated, node)
     bias = arguments(node).get("bias")
-    held = [weight, *([evaluated(run.simulated.module, bias)] if isinstance(bias, fx.Node) else [])]
-    before = after = sum(tensor.numel() * tensor.element_size() for tensor in held)
+    before = after = bytes_of([weight, *([evaluated(run.simulated.module, bias)] if isinstance(bias, fx.Node) else [])])
     shown, why = FLOAT, done.left.get(name, "")
     if kernel is not None:
-        module = module_of(kernel)
-        assert isinstance(module, nn.Module)
-        shown, why = type(module).__name__, done.chosen.get(name, "")
-        after = sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
+        module = timed.module.get_submodule(str(kernel.target))
+        shown, why = kernel_name(module), done.chosen.get(name, "")
+        after = bytes_of(module.state_dict().values())
     total = _Sum()
     total.add(weight, place.weight(weight), place.weight)
     reads = None
@@ -360,6 +359,17 @@ def _rounding(quantizer: Quantizer, total: _Sum) -> Rounding:
     return Rounding(scheme.bits, scheme.signed, scheme.symmetric,
                     "per_tensor" if quantizer.axis is None else "per_channel", float(low.min()), float(high.max()),
                     total.clipped / max(1, total.count), total.error)
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """What the numbers of `tensors` take."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def kernel_name(module: nn.Module) -> str:
+    """What the table calls a kernel: its kind, and the library that it runs on where it chooses one."""
+    kind, engine = str(getattr(module, "fxc_kind", type(module).__name__)), str(getattr(module, "engine", ""))
+    return f"{kind} ({engine})" if engine else kind
 
 
 class _Timed(fx.Interpreter):
