@@ -32,15 +32,15 @@ def plots(model: Model, folder: str | Path) -> list[Path]:
     Raises ArtifactError: FXC0730 for a model without figures of its quantization, FXC0731 without matplotlib, FXC0732
     for a folder that can't be written to.
     """
-    found = quantization_of(open_model(model))
-    if found is None:
-        raise ArtifactError([Diagnostic("FXC0730", "there is nothing to draw: no quantization was measured here",
-                                        help="finalize it from a policy that has `quantize`, for the target `cpu`")])
     try:
         import matplotlib
     except ImportError as error:
         raise ArtifactError([Diagnostic("FXC0731", "pictures need matplotlib, which isn't installed",
                                         help="pip install 'fxcompress[plots]'")]) from error
+    found = quantization_of(open_model(model))
+    if found is None:
+        raise ArtifactError([Diagnostic("FXC0730", "there is nothing to draw: no quantization was measured here",
+                                        help="finalize it from a policy that has `quantize`, for the target `cpu`")])
     path, written = Path(folder), []
     try:
         path.mkdir(parents=True, exist_ok=True)
