@@ -17,7 +17,19 @@ from torch import nn
 from torchvision.ops import StochasticDepth
 
 from ..graph.modules import keeps_forward, leaf_of
-from ..nn import ByMode, IntConv2d, IntLinear, IntMaxPool2d, Mask, Quantizer, Reorder, ToFloat, ToInteger
+from ..nn import (
+    ByMode,
+    IntConv2d,
+    Interleave,
+    IntLinear,
+    IntMaxPool2d,
+    IntMean,
+    Mask,
+    Quantizer,
+    Reorder,
+    ToFloat,
+    ToInteger,
+)
 from ..nn.integer import After, Grid
 from ..nn.scheme import Scheme
 from .artifact_json import Cursor, fail, printable, reason
@@ -167,6 +179,8 @@ def _rows() -> Iterable[SavedClass]:
     yield SavedClass(ToFloat, {"reads": READS})
     yield SavedClass(IntMaxPool2d, {"kernel_size": NUMBERS, "stride": NUMBERS, "padding": NUMBERS, "dilation": NUMBERS,
                                     "ceil_mode": FLAG})
+    yield SavedClass(IntMean, {"reads": READS, "keepdim": FLAG})
+    yield SavedClass(Interleave, {})
     yield SavedClass(IntLinear, _PRODUCT)
     yield SavedClass(IntConv2d, _PRODUCT | {"stride": NUMBERS, "padding": NUMBERS, "dilation": NUMBERS,
                                             "groups": WHOLE})

@@ -17,10 +17,11 @@ from ..graph.provenance import inherit
 from ..graph.tree import named_tensors
 from ..nn.affine import quantize
 from ..nn.integer import FLOATS, After, Grid, IntConv2d, IntLinear
-from ..nn.moving import IntMaxPool2d, ToFloat, ToInteger
+from ..nn.moving import Interleave, ToFloat, ToInteger
 from ..nn.quantizer import Quantizer
 from ..passes.shared.calibrating import quantizers_of
 from ..passes.shared.integer import Region, data_of, regions_of, role_of
+from .int8_moves import READS_SIZES, interleaved, max_pool, mean, pair
 
 # Activation -> oneDNN's name for it, and its numbers, or the arguments that hold them.
 ACTIVATIONS: Mapping[str, tuple[str, tuple[str | float, ...]]] = {
@@ -69,9 +70,12 @@ class _Lowering:
                 self._emit(ends[node], None, node)
             elif role_of(node) in ("passes", "joins"):
                 self._pass(node)
+            elif kind_of(node) in ("mean", "adaptive_avg_pool2d") and data_of(node)[0] in self.ints:
+                self._average(node)
         for node, (integers, grid) in list(self.ints.items()):
             for user in [user for user in node.users if user not in self.replaced]:
-                user.replace_input_with(node, self._float(node, integers, grid))
+                sized = kind_of(user) in READS_SIZES
+                user.replace_input_with(node, integers if sized else self._float(node, integers, grid))
         drop_dead(graph)
         self._keep_apart()
         self._settle()
@@ -122,12 +126,25 @@ class _Lowering:
         if not data or len(grids) != 1 or any(value not in self.ints for value in data):
             return
         swap = {value: self.ints[value][0] for value in data}
-        if kind_of(node) == "max_pool2d":
-            made = self._call(_pool(node), f"{node.name}_integer", node, (swap[data[0]],), node)
+        halves = interleaved(node)
+        if halves is not None:
+            read = tuple(self.ints[half][0] for half in halves)
+            made = self._call(Interleave(), f"{node.name}_integer", node, read, node)
+        elif kind_of(node) == "max_pool2d":
+            made = self._call(max_pool(node), f"{node.name}_integer", node, (swap[data[0]],), node)
         else:
             with self.captured.graph.inserting_after(node):
                 made = self.captured.graph.node_copy(node, lambda arg: swap.get(arg, arg))
         self._take(node, made, *grids)
+
+    def _average(self, node: fx.Node) -> None:
+        """Let a mean over places sum integers; it gives floats."""
+        integers, grid = self.ints[data_of(node)[0]]
+        module = mean(node, grid)
+        if module is not None:
+            made = self._call(module, f"{node.name}_integer", node, (integers,), node)
+            node.replace_all_uses_with(made)
+            self.replaced.add(node)
 
     def _float(self, node: fx.Node, integers: fx.Node, grid: Grid) -> fx.Node:
         if integers not in self.floats:
@@ -201,17 +218,6 @@ def _activation(node: fx.Node) -> tuple[str, tuple[float, ...]]:
     return name, tuple(float(values[each]) if isinstance(each, str) else each for each in numbers)
 
 
-def _pair(value: Any) -> list[int]:
-    return [value, value] if isinstance(value, int) else list(value)
-
-
-def _pool(node: fx.Node) -> nn.Module:
-    values = arguments(node)
-    kernel = _pair(values["kernel_size"])
-    return IntMaxPool2d(kernel, _pair(values.get("stride") or kernel), _pair(values.get("padding", 0)),
-                        _pair(values.get("dilation", 1)), bool(values.get("ceil_mode", False)))
-
-
 def _kernel(captured: Captured, node: fx.Node, reads: Grid, after: After) -> IntConv2d | IntLinear:
     """The integer layer for `node`, its weights rounded as the quantizer on them does."""
     values, quantizer = arguments(node), _on_weight(node)
@@ -228,7 +234,7 @@ def _kernel(captured: Captured, node: fx.Node, reads: Grid, after: After) -> Int
     if kind_of(node) == "linear":
         made = IntLinear(weight.shape, offset is not None, reads, after)
     else:
-        made = IntConv2d(weight.shape, offset is not None, reads, after, _pair(values["stride"]),
-                         _pair(values["padding"]), _pair(values["dilation"]), int(values["groups"]))
+        made = IntConv2d(weight.shape, offset is not None, reads, after, pair(values["stride"]),
+                         pair(values["padding"]), pair(values["dilation"]), int(values["groups"]))
     made.fill(integers, scales, offset)
     return made
