@@ -19,14 +19,17 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import fxcompress
+from fxcompress.backends.int8 import Lowered
 from fxcompress.diagnostics import ArtifactError
 from fxcompress.engine import quantization as engine
-from fxcompress.engine.quantization import FLOAT, Error, LayerRow, Quantization, Rounding
+from fxcompress.engine.quantization_rows import FLOAT, Error, LayerRow, Quantization, Rounding
 from fxcompress.graph.calibration import Calibration
+from fxcompress.graph.ops import kind_of
 from fxcompress.inspect import html_page, plots, quantization_of, report
 from fxcompress.inspect.quantization import HEADING, Shown, decibels, duration, share
 from fxcompress.nn import Quantizer
 from fxcompress.nn.observers import Observer
+from fxcompress.nn.scheme import Scheme
 from fxcompress.passbase import OBSERVERS
 
 Golden = Callable[[str, str], None]
@@ -161,7 +164,7 @@ def test_weights_are_held_against_the_formula(model: nn.Module, result: fxcompre
 def test_what_is_clipped_is_counted(result: fxcompress.Result) -> None:
     """A grid with its zero point inside, and numbers on the edges: half a step beyond the last integer still rounds to
     it (to even), more doesn't."""
-    quantizer = Quantizer(fxcompress.nn.scheme.Scheme(4, signed=False, symmetric=False))
+    quantizer = Quantizer(Scheme(4, signed=False, symmetric=False))
     quantizer.cover(torch.tensor([-1.0]), torch.tensor([14.0]))
     assert (float(quantizer.scale), int(quantizer.zero_point)) == (1.0, 1)
     x = torch.tensor([-9.0, -1.51, -1.5, -1.49, -1.0, 0.0, 13.9, 14.0, 14.49, 14.51, 30.0])
@@ -219,6 +222,35 @@ def test_layers_left_in_float_say_why(found: Quantization, model: nn.Module) -> 
     up = fxcompress.compile("policy p { quantize conv2d { } }", Up(), BATCHES[0], calibration=BATCHES)
     read = quantization_of(up.finalize(target="cpu"))
     assert read is not None and row(read, "up").why == "there is no integer kernel for conv_transpose2d"
+
+
+def test_quantizers_without_a_range_show_that_of_the_values(model: nn.Module) -> None:
+    """One that takes its grid from what it reads, row by row, in the place of the one behind the images."""
+
+    class Rows(nn.Module):
+        fxc_kind = "quantizer"
+        scheme, per_token = Scheme(8, signed=False, symmetric=False), True
+
+        def forward(self, x: Tensor) -> Tensor:
+            low, high = (end.clamp(*bounds) for end, bounds in zip(
+                x.aminmax(dim=-1, keepdim=True), ((None, 0), (0, None)), strict=True))
+            scale = (high - low) / 255
+            zero = (-low / scale).round()
+            return ((x / scale).round() + zero).clamp(0, 255).sub(zero) * scale
+
+    captured = fxcompress.compile(POLICY, model, BATCHES[0], calibration=BATCHES).captured
+    (call,) = [node for node in captured.graph.nodes if kind_of(node) == "quantizer"
+               and node.args[0].op == "placeholder"]
+    captured.module.set_submodule(str(call.target), Rows())
+    part = row(engine.measure(captured, captured, Lowered(), Calibration(BATCHES)), "stem").reads
+    assert part is not None and (part.granularity, part.clipped, part.bits) == ("per_token", 0, 8)
+    images = torch.cat(BATCHES)
+    assert (part.low, part.high) == (pytest.approx(float(images.min())), pytest.approx(float(images.max())))
+    assert part.error.sqnr == pytest.approx(sqnr(images.numpy(), Rows()(images).numpy()), abs=0.01)
+    kinds = [Quantizer(Scheme()), Quantizer(Scheme(), 4, 0)]
+    assert [engine.granularity(one) for one in kinds] == ["per_tensor", "per_channel"]
+    kinds[1].group = 32
+    assert engine.granularity(kinds[1]) == "per_group(32)"
 
 
 def test_reasons_of_passes_are_told() -> None:

@@ -25,8 +25,8 @@ from ..plan.totals import totals_of
 from ..policy.model import Policy
 from .integers import held_against, is_quantized, require_ranges
 from .measure import Baseline, Measured, Measuring, failure
-from .quantization import Quantization
 from .quantization import measure as measure_quantization
+from .quantization_rows import Quantization
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,12 @@
-"""What quantization did to a model, layer by layer: ranges, what is clipped, errors against float, bytes, times.
-
-An error is told as a signal-to-quantization-noise ratio (SQNR), 10·log10(Σx² / Σ(x − q)²) in decibels, where x are the
-numbers in float and q what stands in their place. It is measured when a model is finalized, and kept as plain data in
-the report of the artifact: see `fxcompress.inspect.quantization`.
-"""
+"""Measures what quantization did to a model, layer by layer, when it is finalized: see `quantization_rows.py`."""
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,110 +18,17 @@ from ..graph.calibration import inputs_of as batch_of
 from ..graph.captured import Captured
 from ..graph.comparing import inputs_of
 from ..graph.interpret import evaluated, evaluating, values_of
-from ..graph.ops import arguments, kind_of, module_of
+from ..graph.ops import arguments, kind_of, module_of, op_of
 from ..graph.select import label
 from ..nn.quantizer import Quantizer
+from ..nn.scheme import Scheme
 from ..passes.shared.integer import data_of, regions_of, role_of
 from .measure import tensors_in
+from .quantization_rows import FLOAT, Error, Histogram, LayerRow, Quantization, Rounding
 
 SAMPLES = 64  # of the calibration data that are measured on: whole batches, until there are as many
 ROUNDS = 5  # of timing, of which the median counts; one more before them warms up
 WORST, BINS = 6, 128  # layers whose histograms are kept; bins of each
-FLOAT = "float"  # the kernel of a layer that is left as it is
-
-
-@dataclass(frozen=True)
-class Error:
-    """`signal` is Σx², `noise` Σ(x − q)²."""
-
-    signal: float
-    noise: float
-
-    @property
-    def sqnr(self) -> float:
-        """In decibels: infinite where there is no noise, minus infinite where there is nothing else."""
-        if not self.noise:
-            return math.inf
-        return 10 * math.log10(self.signal / self.noise) if self.signal else -math.inf
-
-
-@dataclass(frozen=True)
-class Rounding:
-    """How a tensor is rounded, and what that does to it. `low` to `high` is the range that its integers reach (of a
-    tensor of several scales the widest); `clipped` is the share of its numbers that lie outside, in [0, 1]."""
-
-    bits: int
-    signed: bool
-    symmetric: bool
-    granularity: str
-    low: float
-    high: float
-    clipped: float
-    error: Error
-
-
-@dataclass(frozen=True)
-class LayerRow:
-    """One layer. `reads` is how the values are rounded that it computes with, and `weight` its weight, each measured
-    by itself: rounded against the very same numbers in float. `gives` is what comes out of the layer, activation and
-    rounding included, with all the rounding before it, against the model in float.
-
-    `bytes` are those of weight, scales and bias, in float and now; `seconds` is the median time of the layer's kernel
-    for one batch of example inputs, None where it can't be told apart; `why` says why this kernel, or why `float`.
-    """
-
-    layer: str
-    kind: str
-    kernel: str
-    why: str
-    bytes: tuple[int, int]
-    seconds: float | None = None
-    reads: Rounding | None = None
-    weight: Rounding | None = None
-    gives: Error | None = None
-
-    @property
-    def own(self) -> float:
-        """The lower SQNR of the two that the layer's own rounding has."""
-        return min((part.error.sqnr for part in (self.reads, self.weight) if part is not None), default=math.inf)
-
-
-@dataclass(frozen=True)
-class Histogram:
-    """How often numbers of a layer's `what` (`reads` or `weight`) fall in each of evenly spaced bins from `low` to
-    `high`, and the range that integers `reach`. A weight is counted in steps of its scales."""
-
-    layer: str
-    what: str
-    low: float
-    high: float
-    reach: tuple[float, float]
-    counts: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """Every layer that multiplies, in the order of the graph, measured on so many `samples`; the histograms of those
-    whose own rounding has the lowest SQNR, the lowest first; the error of what the model gives. Times are those of a
-    batch of so many samples, `seconds` that of the whole model, node by node."""
-
-    samples: int
-    batch: int
-    seconds: float
-    gives: Error
-    rows: tuple[LayerRow, ...]
-    histograms: tuple[Histogram, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain data."""
-        plain: dict[str, Any] = json.loads(json.dumps(asdict(self), allow_nan=False))
-        return plain
-
-    def explained(self, notes: Iterable[str]) -> Quantization:
-        """With the reasons that passes gave in their notes, `LAYER stays in float: WHY`, for layers in float."""
-        said = {layer: why for layer, found, why in (note.partition(" stays in float: ") for note in notes) if found}
-        return replace(self, rows=tuple(replace(row, why=said.get(row.layer, row.why)) if row.kernel == FLOAT else row
-                                        for row in self.rows))
 
 
 def measure(simulated: Captured, lowered: Captured, done: Lowered, data: Calibration | None) -> Quantization:
@@ -155,33 +56,34 @@ class _Place:
 
     node: fx.Node
     data: fx.Node | None
-    reads: Quantizer | None
-    weight: Quantizer | None
+    reads: nn.Module | None
+    weight: nn.Module | None
     gives: fx.Node
 
 
 def _places(captured: Captured) -> list[_Place]:
-    """Those of all that multiply and accumulate. They give the value behind the activation that their kernel applies,
-    rounded where it is rounded."""
-    layers = [node for node in captured.graph.nodes if getattr(node.meta.get("fxc"), "macs", 0)]
-    weights = {node: quantizer for node in layers if role_of(node) == "product"
+    """Those of all that multiply and accumulate, or have a rounded weight. They give the value behind the activation
+    that their kernel applies, rounded where it is rounded."""
+    weights = {node: quantizer for node in captured.graph.nodes if op_of(node) is not None
                and (quantizer := _quantizer(arguments(node).get("weight"))) is not None}
-    ends = {region.product: region.end for region in (regions_of(list(weights)) if weights else ())}
+    products = [node for node in weights if role_of(node) == "product"]
+    ends = {region.product: region.end for region in (regions_of(products) if products else ())}
     found = []
-    for node in layers:
-        data = next(iter(data_of(node)), None) if node in weights else None
-        end = ends.get(node, node)
-        rounding = [user for user in end.users if kind_of(user) == "quantizer"]
-        found.append(_Place(node, data, _grid(data), weights.get(node), (rounding or [end])[0]))
+    for node in captured.graph.nodes:
+        if node in weights or getattr(node.meta.get("fxc"), "macs", 0) > 0:
+            data = next(iter(data_of(node)), None) if node in ends else None
+            end = ends.get(node, node)
+            rounding = [user for user in end.users if _quantizer(user) is not None]
+            found.append(_Place(node, data, _grid(data), weights.get(node), (rounding or [end])[0]))
     return found
 
 
-def _quantizer(node: object) -> Quantizer | None:
-    found = module_of(node) if isinstance(node, fx.Node) and node.op == "call_module" else None
-    return found if isinstance(found, Quantizer) else None
+def _quantizer(node: object) -> nn.Module | None:
+    """The quantizer that `node` calls: one with a range that was found, or one that takes that of the values."""
+    return module_of(node) if isinstance(node, fx.Node) and kind_of(node) == "quantizer" else None
 
 
-def _grid(node: fx.Node | None) -> Quantizer | None:
+def _grid(node: fx.Node | None) -> nn.Module | None:
     """The quantizer on whose grid the value of `node` lies: its own, or that of what it moves."""
     while node is not None and _quantizer(node) is None:
         node = next(iter(data_of(node)), None) if role_of(node) in ("passes", "joins") else None
@@ -193,7 +95,8 @@ class _Unrounded(fx.Interpreter):
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a quantizer reads; else the value of the module."""
-        return args[0] if isinstance(self.fetch_attr(target), Quantizer) else super().call_module(target, args, kwargs)
+        rounds = getattr(self.fetch_attr(target), "fxc_kind", "") == "quantizer"
+        return args[0] if rounds else super().call_module(target, args, kwargs)
 
 
 @dataclass
@@ -208,7 +111,7 @@ class _Sum:
     low: float = math.inf
     high: float = -math.inf
 
-    def add(self, exact: Tensor, found: Tensor, quantizer: Quantizer | None = None) -> None:
+    def add(self, exact: Tensor, found: Tensor, quantizer: nn.Module | None = None) -> None:
         """Take in numbers, and what stands in their place; with `quantizer` also what that clips, and the extremes."""
         exact, found = exact.detach(), found.detach()
         finite = exact.isfinite()
@@ -219,7 +122,7 @@ class _Sum:
         self.noise += _square(exact - found)
         if quantizer is not None and exact.numel():
             self.count += int(finite.sum())
-            self.clipped += int(clipped(quantizer, exact).sum())
+            self.clipped += int(clipped(quantizer, exact).sum()) if isinstance(quantizer, Quantizer) else 0
             low, high = exact.aminmax()
             self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
 
@@ -284,7 +187,7 @@ class _Run:
             if place.data in watched and row.reads is not None:
                 yield Histogram(row.layer, "reads", *edges[place.data], (row.reads.low, row.reads.high),
                                 tuple(map(int, watched[place.data].tolist())))
-            if place.weight is not None:
+            if isinstance(place.weight, Quantizer):
                 steps = steps_of(place.weight, weight_of(self.simulated, place.node)).cpu()
                 low, high = _edges(float(steps.min()), float(steps.max()))
                 yield Histogram(row.layer, "weight", low, high,
@@ -353,12 +256,25 @@ def _row(run: _Run, place: _Place, done: Lowered, timed: Captured, seconds: dict
                     _rounding(place.weight, total), gives)
 
 
-def _rounding(quantizer: Quantizer, total: _Sum) -> Rounding:
-    scheme, zero = quantizer.scheme, quantizer.zero_point
-    low, high = ((end - zero) * quantizer.scale for end in (scheme.low, scheme.high))
-    return Rounding(scheme.bits, scheme.signed, scheme.symmetric,
-                    "per_tensor" if quantizer.axis is None else "per_channel", float(low.min()), float(high.max()),
+def _rounding(quantizer: nn.Module, total: _Sum) -> Rounding:
+    """Of a quantizer without a range of its own the range is that of what it read."""
+    scheme: Scheme = quantizer.scheme  # type: ignore[assignment]
+    low, high = total.low, total.high
+    if isinstance(quantizer, Quantizer):
+        ends = [(end - quantizer.zero_point) * quantizer.scale for end in (scheme.low, scheme.high)]
+        low, high = float(ends[0].min()), float(ends[1].max())
+    return Rounding(scheme.bits, scheme.signed, scheme.symmetric, granularity(quantizer), low, high,
                     total.clipped / max(1, total.count), total.error)
+
+
+def granularity(quantizer: nn.Module) -> str:
+    """What has a scale: `per_tensor`, `per_channel`, `per_token`, `per_group(32)`."""
+    group = getattr(quantizer, "group", 0)
+    if group:
+        return f"per_group({group})"
+    if getattr(quantizer, "per_token", False):
+        return "per_token"
+    return "per_tensor" if getattr(quantizer, "axis", None) is None else "per_channel"
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:

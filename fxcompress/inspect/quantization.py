@@ -1,6 +1,6 @@
 """The table of a quantized model: for each layer how it is rounded, what that does to its numbers, size and time.
 
-The figures were measured when the model was finalized (`engine/quantization.py` says how) and lie in the report of its
+The figures were measured when the model was finalized (`engine/quantization.py`) and lie in the report of its
 artifact: no data are needed to show them.
 """
 
@@ -15,7 +15,7 @@ from typing import TypeVar
 from torch import fx
 
 from ..backends.artifact_json import Cursor
-from ..engine.quantization import FLOAT, Error, Histogram, LayerRow, Quantization, Rounding
+from ..engine.quantization_rows import FLOAT, Error, Histogram, LayerRow, Quantization, Rounding
 from ..graph.captured import Captured
 from .rows import meta_of
 from .text import NO_FIGURE, Table, size

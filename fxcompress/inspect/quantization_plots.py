@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..diagnostics import ArtifactError, Diagnostic
-from ..engine.quantization import FLOAT, Error, Histogram, LayerRow, Quantization
+from ..engine.quantization_rows import FLOAT, Error, Histogram, LayerRow, Quantization
 from .quantization import decibels, quantization_of, share
 from .rows import Model, open_model
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from html import escape
 from typing import Any
 
-from ..engine.quantization import Quantization
+from ..engine.quantization_rows import Quantization
 from ..render import clean
 from .layers import Layer, Snapshot
 from .quantization import Shown, quantization_of
