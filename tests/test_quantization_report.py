@@ -462,6 +462,30 @@ def test_a_bar_on_a_terminal_and_nothing_elsewhere(model: nn.Module, monkeypatch
     assert "calibrating" in terminal.getvalue() and "100%" in terminal.getvalue()
 
 
+FACTORY = """
+import torch
+from torch import nn
+
+def net():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
+
+data = [torch.randn(2, 3, 8, 8) for _ in range(3)]
+"""
+
+
+def test_the_command_shows_a_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fxcompress import commands
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TERM", "xterm")
+    Path("zoo.py").write_text(FACTORY)
+    Path("p.fxc").write_text("policy p {\n    input input: f32[N, 3, 8, 8]\n    quantize conv2d { }\n}\n")
+    for stream, shown in ((io.StringIO(), False), (Terminal(), True)):
+        monkeypatch.setattr(sys, "stderr", stream)
+        assert commands.compile(Path("p.fxc"), "zoo.py:net", calibration="zoo.py:data") == 0
+        assert ("calibrating" in stream.getvalue()) is shown and "error" not in stream.getvalue()
+
+
 def test_data_are_kept_for_finalize_without_the_bar(model: nn.Module) -> None:
     held = fxcompress.compile(POLICY, model, BATCHES[0], calibration=BATCHES)
     told: list[int] = []
