@@ -211,17 +211,20 @@ def test_layers_left_in_float_say_why(found: Quantization, model: nn.Module) -> 
     assert (head.kernel, head.why, head.reads, head.weight) == (FLOAT, "no rule selects it", None, None)
     assert all(item.kernel != FLOAT and item.seconds is not None and item.seconds > 0 for item in found.rows[:3])
 
-    class Up(nn.Module):
+    class Gram(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.up, self.last = nn.ConvTranspose2d(3, 4, 2, 2), nn.Conv2d(4, 4, 1)
+            self.last = nn.Linear(4, 4)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.last(self.up(x))
+            return self.last(torch.matmul(x, x.transpose(1, 2)))
 
-    up = fxcompress.compile("policy p { quantize conv2d { } }", Up(), BATCHES[0], calibration=BATCHES)
-    read = quantization_of(up.finalize(target="cpu"))
-    assert read is not None and row(read, "up").why == "there is no integer kernel for conv_transpose2d"
+    x = noise(3, 4, 5)
+    read = quantization_of(fxcompress.compile("policy p { quantize linear { } }", Gram(), x,
+                                              calibration=[x]).finalize(target="cpu"))
+    assert read is not None
+    assert [(item.kernel == FLOAT, item.why) for item in read.rows[:1]] == [
+        (True, "there is no integer kernel for matmul")]
 
 
 def test_quantizers_without_a_range_show_that_of_the_values(model: nn.Module) -> None:
@@ -300,6 +303,7 @@ def test_infinite_numbers_are_passed_over_and_infinite_results_are_not() -> None
 
 def test_ratios_that_have_no_number() -> None:
     assert Error(1, 0).sqnr == Error(0, 0).sqnr == math.inf and Error(0, 1).sqnr == -math.inf
+    assert Error(1e-300, 1e300).sqnr == pytest.approx(-6000)
     assert Error(100, 1).sqnr == pytest.approx(20) and Error(1, 100).sqnr == pytest.approx(-20)
     assert [decibels(None), decibels(Error(2, 0)), decibels(Error(1000, 1))] == ["-", "exact", "30.0"]
 
@@ -364,7 +368,9 @@ def test_models_without_have_no_table(model: nn.Module) -> None:
 @pytest.mark.parametrize("damage", [
     lambda data: data.update(samples="many"), lambda data: data["rows"][0].pop("why"),
     lambda data: data["rows"][0]["reads"].update(bits=0), lambda data: data["rows"][0].update(bytes=[1]),
-    lambda data: data["rows"][0].update(extra=1), lambda data: data["histograms"][0].update(what="all")])
+    lambda data: data["rows"][0].update(extra=1), lambda data: data["histograms"][0].update(what="all"),
+    lambda data: data["histograms"][0].update(low=1.0, high=-1.0),
+    lambda data: data["histograms"][0].update(high=1e300)])
 def test_a_damaged_table_is_a_diagnostic(artifact: Path, damage: Callable[[Any], object]) -> None:
     module = fxcompress.load(artifact)
     damage(module.meta["fxcompress"]["report"]["quantization"])
@@ -415,6 +421,32 @@ def test_pictures_of_one_layer_with_nothing_to_clip(tmp_path: Path) -> None:
                                calibration=[x]).finalize(target="cpu")
     assert len(plots(small, tmp_path)) == 4
     assert "nothing clipped" in (tmp_path / "histograms.svg").read_text(encoding="utf-8")
+
+
+def test_names_of_strangers_are_plain_text(artifact: Path, tmp_path: Path) -> None:
+    module = fxcompress.load(artifact)
+    data = module.meta["fxcompress"]["report"]["quantization"]
+    for item in (data["rows"][0], data["histograms"][0], data["histograms"][1]):
+        item["layer"] = "$\\frac{<b>$\x1b[31m"
+    plots(module, tmp_path)
+    pages = (tmp_path / "sqnr.svg").read_text(encoding="utf-8"), html_page(module)
+    assert all("\x1b" not in page and "<b>" not in page and "frac{" in page for page in pages)
+    assert "\x1b" not in report(module).show()
+
+
+def test_layers_called_twice_have_a_row_each() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.two(self.one(torch.relu(self.one(x))))
+
+    x = noise(4, 4)
+    read = quantization_of(fxcompress.compile('policy p { quantize linear[name ~ "two"] { } }', Twice(), x,
+                                              calibration=[x]).finalize(target="cpu"))
+    assert read is not None and [item.layer for item in read.rows] == ["one", "one_1", "two"]
 
 
 def test_the_command_draws(artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,8 +52,9 @@ def measure(simulated: Captured, lowered: Captured, done: Lowered, data: Calibra
 @dataclass(frozen=True)
 class _Place:
     """Where a layer stands in the simulation: the node that it reads, the quantizers behind that and on its weight,
-    and the node that holds what it gives."""
+    and the node that holds what it gives. A second call of a layer goes by the `name` of its node."""
 
+    name: str
     node: fx.Node
     data: fx.Node | None
     reads: nn.Module | None
@@ -68,14 +69,15 @@ def _places(captured: Captured) -> list[_Place]:
                and (quantizer := _quantizer(arguments(node).get("weight"))) is not None}
     products = [node for node in weights if role_of(node) == "product"]
     ends = {region.product: region.end for region in (regions_of(products) if products else ())}
-    found = []
+    found: dict[str, _Place] = {}
     for node in captured.graph.nodes:
         if node in weights or getattr(node.meta.get("fxc"), "macs", 0) > 0:
             data = next(iter(data_of(node)), None) if node in ends else None
             end = ends.get(node, node)
             rounding = [user for user in end.users if _quantizer(user) is not None]
-            found.append(_Place(node, data, _grid(data), weights.get(node), (rounding or [end])[0]))
-    return found
+            name = label(node) if label(node) not in found else node.name
+            found[name] = _Place(name, node, data, _grid(data), weights.get(node), (rounding or [end])[0])
+    return list(found.values())
 
 
 def _quantizer(node: object) -> nn.Module | None:
@@ -237,7 +239,7 @@ def _row(run: _Run, place: _Place, done: Lowered, timed: Captured, seconds: dict
     if place.weight is None:
         why = "no rule selects it" if role_of(node) == "product" else f"there is no integer kernel for {kind_of(node)}"
         size = node.meta["fxc"].bytes
-        return LayerRow(label(node), kind_of(node), FLOAT, why, (size, size), seconds.get(name), gives=gives)
+        return LayerRow(place.name, kind_of(node), FLOAT, why, (size, size), seconds.get(name), gives=gives)
     weight = weight_of(run.simulated, node)
     bias = arguments(node).get("bias")
     before = after = bytes_of([weight, *([evaluated(run.simulated.module, bias)] if isinstance(bias, fx.Node) else [])])
@@ -251,7 +253,7 @@ def _row(run: _Run, place: _Place, done: Lowered, timed: Captured, seconds: dict
     reads = None
     if place.data is not None and place.reads is not None:
         reads = _rounding(place.reads, run.reads[place.data])
-    return LayerRow(label(node), kind_of(node), shown, why, (before, after),
+    return LayerRow(place.name, kind_of(node), shown, why, (before, after),
                     seconds.get(kernel.name if kernel is not None else name), reads,
                     _rounding(place.weight, total), gives)
 

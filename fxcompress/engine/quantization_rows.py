@@ -28,7 +28,7 @@ class Error:
         """In decibels: infinite where there is no noise, minus infinite where there is nothing else."""
         if not self.noise:
             return math.inf
-        return 10 * math.log10(self.signal / self.noise) if self.signal else -math.inf
+        return 10 * (math.log10(self.signal) - math.log10(self.noise)) if self.signal else -math.inf
 
 
 @dataclass(frozen=True)

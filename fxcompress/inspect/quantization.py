@@ -17,6 +17,7 @@ from torch import fx
 from ..backends.artifact_json import Cursor
 from ..engine.quantization_rows import FLOAT, Error, Histogram, LayerRow, Quantization, Rounding
 from ..graph.captured import Captured
+from ..render import clean
 from .rows import meta_of
 from .text import NO_FIGURE, Table, size
 
@@ -26,6 +27,7 @@ _RIGHT = frozenset({3, 4, 6, 7, 8, 9, 10})
 LEGEND = ("SQNR in dB against float: of what a layer reads and of its weight, each by its own rounding alone; of what "
           "it gives, with all the rounding before it.")
 T = TypeVar("T")
+_LARGEST = 3.5e38  # a little more than float32 holds
 _FEW = 3  # layers that are named as the worst
 
 
@@ -78,10 +80,12 @@ def _maybe(read: Callable[[Cursor], T], cursor: Cursor) -> T | None:
 
 def _histogram(cursor: Cursor) -> Histogram:
     parts = cursor.fields(("layer", "what", "low", "high", "reach", "counts"))
-    low, high = _pair(parts["reach"])
-    return Histogram(parts["layer"].text(), parts["what"].choice(("reads", "weight")), parts["low"].number(),
-                     parts["high"].number(), (low.number(), high.number()),
-                     tuple(item.integer(0) for item in parts["counts"].items(10_000)))
+    low, high = parts["low"].number(), parts["high"].number()
+    first, last = (item.number() for item in _pair(parts["reach"]))
+    if not -_LARGEST <= low < high <= _LARGEST or not -_LARGEST <= first <= last <= _LARGEST:
+        cursor.wrong("a histogram over a range of float32")
+    counts = tuple(item.integer(0) for item in parts["counts"].items(10_000))
+    return Histogram(parts["layer"].text(), parts["what"].choice(("reads", "weight")), low, high, (first, last), counts)
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,7 @@ class Shown:
         if worst:
             lines.append("lowest by their own rounding: "
                          + ", ".join(f"{row.layer} ({row.own:.1f} dB)" for row in worst))
-        return lines
+        return [clean(line) for line in lines]
 
     def _schemes(self) -> list[tuple[str, list[str]]]:
         """How values and weights are rounded, each way once."""

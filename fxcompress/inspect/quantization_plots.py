@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..diagnostics import ArtifactError, Diagnostic
 from ..engine.quantization_rows import FLOAT, Error, Histogram, LayerRow, Quantization
+from ..render import clean
 from .quantization import decibels, quantization_of, share
 from .rows import Model, open_model
 
@@ -72,7 +73,7 @@ def depth(found: Quantization) -> Figure:
                      label="left in float" if place == left[0] else None)
     every = math.ceil(count / _NAMES)
     places = range(0, count, every)
-    axes.set_xticks(places, [found.rows[place].layer for place in places], rotation=90, fontsize=7)
+    axes.set_xticks(places, [_shown(found.rows[place].layer) for place in places], rotation=90, fontsize=7)
     axes.set_xlim(-0.6, count - 0.4)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("SQNR against float, dB", fontsize=8)
@@ -83,6 +84,11 @@ def depth(found: Quantization) -> Figure:
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, fontsize=8, borderaxespad=0.2)
     figure.suptitle("Rounding along the depth", x=0.01, ha="left", fontsize=11, fontweight="bold")
     return figure
+
+
+def _shown(layer: str) -> str:
+    """The name of a layer, which may be a stranger's, as plain text: matplotlib reads formulas between dollars."""
+    return clean(layer).replace("$", r"\$")
 
 
 def _line(axes: Axes, errors: Sequence[Error | None], color: str, marker: str, label: str) -> None:
@@ -131,7 +137,7 @@ def _histogram(axes: Axes, item: Histogram, row: LayerRow) -> None:
     what = "weight, in steps" if item.what == "weight" else "what it reads"
     figures = "" if part is None else f"{decibels(part.error)} dB, " + (
         f"{share(part.clipped)} clipped" if part.clipped else "nothing clipped")
-    axes.set_title(f"{row.layer}: {what}", loc="left", fontsize=8.5)
+    axes.set_title(f"{_shown(row.layer)}: {what}", loc="left", fontsize=8.5)
     axes.set_title(figures, loc="right", fontsize=8.5, color=_INK)
     axes.tick_params(labelsize=7)
     axes.set_ylabel("count", fontsize=7)
