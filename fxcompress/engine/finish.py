@@ -26,6 +26,8 @@ from ..plan.totals import totals_of
 from ..policy.model import Policy
 from .integers import held_against, is_quantized, require_ranges
 from .measure import Baseline, Measured, Measuring, failure
+from .quantization import measure as measure_quantization
+from .quantization_rows import Quantization
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Finished:
     totals: Totals
     measured: tuple[Measured, ...]
     notes: tuple[str, ...] = ()
+    quantization: Quantization | None = None
 
 
 def take_masks_off(captured: Captured, *, fold: bool) -> None:
@@ -60,9 +63,9 @@ def _rewritten(captured: Captured, rewrite: Callable[[Captured], Iterable[fx.Nod
     verify(captured, before)
 
 
-def put_integers_in(captured: Captured, data: Calibration | None) -> list[str]:
-    """Replace what is quantized by integer kernels, in place and verified; returns what to note. Raises PlanError
-    (FXC0573)."""
+def put_integers_in(captured: Captured, data: Calibration | None) -> tuple[list[str], Quantization]:
+    """Replace what is quantized by integer kernels, in place and verified; returns what to note and what was measured.
+    Raises PlanError (FXC0573)."""
     simulated, done = captured.copy(), Lowered()
 
     def rewrite(captured: Captured) -> Iterable[fx.Node]:
@@ -71,7 +74,8 @@ def put_integers_in(captured: Captured, data: Calibration | None) -> list[str]:
         return [node for node in captured.graph.nodes if node not in there]
 
     _rewritten(captured, rewrite, Origin("finalize", "python", "result.finalize()", "(end)", "computes in integers"))
-    return held_against(simulated, captured, done, data)
+    notes = held_against(simulated, captured, done, data)
+    return notes, measure_quantization(simulated, captured, done, data)
 
 
 def pack_floats(captured: Captured) -> None:
@@ -95,9 +99,11 @@ def finish(captured: Captured, policy: Policy, baseline: Baseline, lets: Mapping
     final.module.eval()
     final = replace(final, module=final.module.to(target), example=_moved(final.example, target))
     notes: list[str] = []
-    if is_quantized(final):
-        notes = put_integers_in(final, data) if target == "cpu" else [
-            "quantized layers round and compute in float: there are integer kernels for `cpu` alone"]
+    quantization = None
+    if is_quantized(final) and target == "cpu":
+        notes, quantization = put_integers_in(final, data)
+    elif is_quantized(final):
+        notes = ["quantized layers round and compute in float: there are integer kernels for `cpu` alone"]
     sink = Sink()
     measuring = Measuring(final, baseline, lets)
     measured = tuple(measuring.measure(expect) for expect in policy.expects)
@@ -108,7 +114,7 @@ def finish(captured: Captured, policy: Policy, baseline: Baseline, lets: Mapping
         pack_floats(final)
     _judge_budgets(policy, baseline, counted, final, sink)
     sink.raise_if_errors(PlanError)
-    return Finished(final, totals_of(final), measured, tuple(notes))
+    return Finished(final, totals_of(final), measured, tuple(notes), quantization)
 
 
 def device_for(target: str) -> str:
