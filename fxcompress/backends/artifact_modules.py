@@ -30,6 +30,7 @@ from ..nn import (
     ToFloat,
     ToInteger,
 )
+from ..nn.cuda import CudaInt8Linear, Sparse24Linear, ToInt8
 from ..nn.integer import After, Grid
 from ..nn.scheme import Scheme
 from .artifact_json import Cursor, fail, printable, reason
@@ -184,6 +185,9 @@ def _rows() -> Iterable[SavedClass]:
     yield SavedClass(IntLinear, _PRODUCT)
     yield SavedClass(IntConv2d, _PRODUCT | {"stride": NUMBERS, "padding": NUMBERS, "dilation": NUMBERS,
                                             "groups": WHOLE})
+    yield SavedClass(ToInt8, {"gives": GRID})
+    yield SavedClass(CudaInt8Linear, {"shape": NUMBERS, "reads": READS})
+    yield SavedClass(Sparse24Linear, {"shape": NUMBERS, "has_bias": FLAG})
     yield SavedClass(ByMode, {"train_value": Argument(_constant), "eval_value": Argument(_constant)})
 
 

@@ -1,0 +1,286 @@
+"""For the GPU: linear layers that are quantized multiply int8, those with a 2:4 pattern are sparse, the rest is half.
+
+Runs without a GPU: nothing is computed on the device until the result is called, and every node is checked on fake
+tensors of it (`half.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..graph.captured import Captured
+from ..graph.interpret import evaluated
+from ..graph.modules import module_kind
+from ..graph.ops import ON_WEIGHTS, arguments, kind_of, module_of, path_of
+from ..graph.propagate import drop_dead
+from ..graph.provenance import inherit
+from ..graph.tree import named_tensors
+from ..nn.affine import quantize
+from ..nn.cuda import CudaInt8Linear, Sparse24Linear, ToInt8, is_two_of_four
+from ..nn.integer import Grid
+from ..nn.quantizer import Quantizer
+from ..passes.shared.fold_norms import fold
+from ..passes.shared.integer import data_of, role_of
+from ..passes.shared.weights import EXPOSABLE, absorb
+from .half import to_half
+
+_INT8_SINCE, _SPARSE_SINCE = (7, 5), (8, 0)  # compute capabilities: Turing, Ampere
+_ROWS, _COLUMNS = 32, 64  # 2:4 weights come in multiples of these (CUTLASS's; cuSPARSELt's divide them)
+_BITS = 8  # of the integers that the products take
+_NO_INTEGERS: Mapping[str, str] = {
+    "conv2d": "torch has no convolution of integers for CUDA",
+    "embedding": "it multiplies nothing",
+}
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What is lowered for: a torch device, and what the hardware can do (its compute capability)."""
+
+    device: torch.device = torch.device("cuda")
+    capability: tuple[int, int] = _SPARSE_SINCE
+
+    @classmethod
+    def here(cls) -> Gpu:
+        """The GPU of this machine."""
+        return cls(torch.device("cuda"), torch.cuda.get_device_capability())
+
+
+@dataclass
+class OnCuda:
+    """What `lower` did: `kernels` has the new nodes by the name of the layer's node; `left` says of each layer that is
+    quantized or 2:4 and computes in half precision why; `notes` what else to say; `changed` are the layers whose
+    weights or calls became others."""
+
+    kernels: dict[str, fx.Node] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    changed: set[fx.Node] = field(default_factory=set)
+
+
+def lower(captured: Captured, done: OnCuda, gpu: Gpu | None = None) -> None:
+    """Make `captured`, in evaluation mode and without masks, compute on a GPU, in place, and write into `done` what was
+    done. Tensors stay where they are: the result may be moved, and runs on the CPU too. The caller refreshes.
+
+    Raises PlanError: FXC0580 where an operator can't be computed there, FXC0581 for weights out of float16's range.
+    """
+    gpu = gpu or Gpu()
+    norms = fold(captured, [node for node in captured.graph.nodes if kind_of(node) in EXPOSABLE])
+    _Lowering(captured, done, gpu).run()
+    _round_weights(captured)
+    _let_values_pass(captured)
+    for node in list(captured.graph.nodes):
+        if kind_of(node) in EXPOSABLE and node.op == "call_function":
+            absorb(captured, node)
+    drop_dead(captured.graph)
+    _settle(captured, done)
+    done.changed.update(node for node, _ in norms)
+    if norms:
+        done.notes.append(f"{len(norms)} batch norm{'s' * (len(norms) != 1)} folded into the layers before them")
+    done.notes += to_half(captured, gpu.device)
+
+
+@dataclass
+class _Lowering:
+    """Puts kernels in the place of linear layers. `rounded` has the integers of each value on each grid."""
+
+    captured: Captured
+    done: OnCuda
+    gpu: Gpu
+    rounded: dict[tuple[fx.Node, Grid], fx.Node] = field(default_factory=dict)
+
+    def run(self) -> None:
+        for node in list(self.captured.graph.nodes):
+            if kind_of(node) not in ("linear", *_NO_INTEGERS):
+                continue
+            quantizer = _weight_quantizer(node)
+            weight = self._weight(node)
+            sparse = weight is not None and bool(weight.any()) and is_two_of_four(weight.flatten(1))
+            if quantizer is not None and self._integer(node, quantizer) and sparse:
+                self.done.notes.append(f"{path_of(node)} multiplies int8, densely: its 2:4 pattern isn't used")
+            elif node.name not in self.done.kernels and sparse:
+                self._sparse(node)
+
+    def _weight(self, node: fx.Node) -> Tensor | None:
+        found = arguments(node)["weight"]
+        return evaluated(self.captured.module, found) if isinstance(found, fx.Node) else found  # type: ignore[no-any-return]
+
+    def _integer(self, node: fx.Node, quantizer: Quantizer) -> bool:
+        """Put an int8 product in the place of `node`, or say why not."""
+        data = arguments(node)["input"]
+        grids = _grids(data)
+        why = self._why_no_integers(node, quantizer, grids)
+        if why is not None:
+            self.done.left[node.name] = why
+            return False
+        (grid,) = grids
+        assert grid is not None
+        values, bias = arguments(node), arguments(node).get("bias")
+        scheme = quantizer.scheme
+        with torch.no_grad():
+            weight = evaluated(self.captured.module, values["weight"].args[0])
+            scale, zero = quantizer.scale.reshape(-1, 1), quantizer.zero_point.reshape(-1, 1)
+            integers = quantize(weight, scale, zero, scheme.low, scheme.high).to(torch.int8)
+            offset = evaluated(self.captured.module, bias).detach() if isinstance(bias, fx.Node) else None
+            layer = CudaInt8Linear(weight.shape, grid).to(weight.device)
+            layer.fill(integers, quantizer.scale, offset)
+        if (data, grid) not in self.rounded:
+            with self.captured.graph.inserting_before(node):
+                self.rounded[data, grid] = self._call(ToInt8(grid), f"{data.name}_to_int8", data, node)
+        self._replace(node, layer, self.rounded[data, grid])
+        return True
+
+    def _why_no_integers(self, node: fx.Node, quantizer: Quantizer, grids: set[Grid | None]) -> str | None:
+        if kind_of(node) != "linear":
+            return _NO_INTEGERS[kind_of(node)]
+        if len(grids) != 1 or None in grids:
+            return "what it reads isn't rounded to one grid"
+        if quantizer.scheme.bits > _BITS or bool(quantizer.zero_point.any()):
+            return "its weights aren't symmetric int8"
+        if self.gpu.capability < _INT8_SINCE:
+            return "tensor cores multiply int8 since compute capability 7.5"
+        return None
+
+    def _sparse(self, node: fx.Node) -> None:
+        """Put a sparse product in the place of `node`, or say why not."""
+        values, weight, bias = arguments(node), self._weight(node), arguments(node).get("bias")
+        assert weight is not None
+        why = self._why_not_sparse(node, weight)
+        if why is not None:
+            self.done.left.setdefault(node.name, why)
+            return
+        offset = evaluated(self.captured.module, bias) if isinstance(bias, fx.Node) else bias
+        layer = Sparse24Linear(weight.shape, offset is not None)
+        layer.fill(weight, offset)
+        self._replace(node, layer, values["input"])
+
+    def _why_not_sparse(self, node: fx.Node, weight: Tensor) -> str | None:
+        if kind_of(node) != "linear":
+            return "its 2:4 pattern isn't used: torch's sparse products are those of matrices"
+        if weight.shape[0] % _ROWS or weight.shape[1] % _COLUMNS:
+            return (f"its 2:4 pattern isn't used: sparse products take multiples of {_ROWS} outputs and {_COLUMNS} "
+                    f"inputs, it has {weight.shape[0]} and {weight.shape[1]}")
+        if self.gpu.capability < _SPARSE_SINCE:
+            return "its 2:4 pattern isn't used: tensor cores have sparse products since compute capability 8.0"
+        return None
+
+    def _replace(self, node: fx.Node, layer: nn.Module, data: fx.Node) -> None:
+        with self.captured.graph.inserting_before(node):
+            path = path_of(node)
+            made = self._call(layer, f"{path}.{node.name}_cuda" if path else f"{node.name}_cuda", data, node)
+        node.replace_all_uses_with(made)
+        self.captured.graph.erase_node(node)
+        self.done.kernels[node.name] = made
+
+    def _call(self, module: nn.Module, path: str, data: fx.Node, old: fx.Node) -> fx.Node:
+        owner, _, leaf = path.rpartition(".")
+        self.captured.module.get_submodule(owner).add_module(leaf, module.eval())
+        made = self.captured.graph.call_module(path, (data,))
+        made.meta["path"] = path_of(old)
+        inherit(made, old)
+        return made
+
+
+def _weight_quantizer(node: fx.Node) -> Quantizer | None:
+    """The quantizer on the weight of `node`, if it rounds."""
+    weight = arguments(node).get("weight")
+    found = module_of(weight) if isinstance(weight, fx.Node) and weight.op == "call_module" else None
+    return found if isinstance(found, Quantizer) and found.on else None
+
+
+def _grids(node: object) -> set[Grid | None]:
+    """The grids that the numbers of `node` lie on, with None for numbers that aren't rounded: quantizers found by
+    walking back through what only moves numbers."""
+    found: set[Grid | None] = set()
+    stack, seen = [node], set()
+    while stack:
+        at = stack.pop()
+        if at in seen:
+            continue
+        seen.add(at)
+        module = module_of(at) if isinstance(at, fx.Node) and at.op == "call_module" else None
+        if isinstance(module, Quantizer) and module.axis is None and module.on:
+            found.add(Grid(float(module.scale), int(module.zero_point), module.scheme.low, module.scheme.high))
+        elif isinstance(at, fx.Node) and role_of(at) in ("passes", "joins") and data_of(at):
+            stack += data_of(at)
+        else:
+            found.add(None)
+    return found
+
+
+def _round_weights(captured: Captured) -> None:
+    """Weights of layers that stay become what their quantizers make of them, in place where nothing else reads them."""
+    root, graph = captured.module, captured.graph
+    names = named_tensors(root).parameters
+    for call in [node for node in graph.nodes if kind_of(node) == "quantizer" and _on_weight(node)]:
+        source = call.args[0]
+        rounded = evaluated(root, call).detach()
+        parameter = names.get(str(source.target))
+        sharing = [node for node in graph.nodes if _reads(node, parameter, names) and node is not source]
+        if parameter is not None and source.op == "get_attr" and not sharing and len(source.users) == 1:
+            with torch.no_grad():
+                parameter.copy_(rounded)
+            call.replace_all_uses_with(source)
+        else:
+            root.register_parameter(f"{call.name}_rounded", nn.Parameter(rounded))
+            with graph.inserting_before(call):
+                made = graph.get_attr(f"{call.name}_rounded")
+            inherit(made, call)
+            call.replace_all_uses_with(made)
+        graph.erase_node(call)
+
+
+def _reads(node: fx.Node, parameter: Tensor | None, names: Mapping[str, Tensor]) -> bool:
+    """Whether `node` reads the very tensor, under whatever name."""
+    if node.op == "get_attr":
+        return names.get(str(node.target)) is parameter
+    return node.op == "call_module" and any(tensor is parameter for tensor in module_of(node).parameters())
+
+
+def _on_weight(node: fx.Node) -> bool:
+    source = node.args[0]
+    return isinstance(source, fx.Node) and (source.op == "get_attr" or kind_of(source) in ON_WEIGHTS)
+
+
+def _let_values_pass(captured: Captured) -> None:
+    """Values are no longer rounded but by the products of integers: rounding what is computed in half precision would
+    cost time and lose digits."""
+    for node in list(captured.graph.nodes):
+        if kind_of(node) == "quantizer":
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
+            node.replace_all_uses_with(source)
+            captured.graph.erase_node(node)
+    for name in [name for name, module in captured.module.named_modules() if module_kind(module) == "quantizer"]:
+        captured.module.delete_submodule(name)
+
+
+def _settle(captured: Captured, done: OnCuda) -> None:
+    """Each kernel takes the place of its layer's module where nothing else is called there, and what nothing reads any
+    more goes."""
+    root, graph = captured.module, captured.graph
+    targets = [str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")]
+    for node in done.kernels.values():
+        path = str(node.target).rpartition(".")[0]
+        if path and not any(_within(target, path) and target != node.target for target in targets):
+            owner, _, leaf = path.rpartition(".")
+            setattr(root.get_submodule(owner), leaf, module_of(node))
+            node.target = path
+    root.delete_all_unused_submodules()
+    used = [str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")]
+    for name in named_tensors(root).all:
+        if not _read(name, used):
+            path, _, leaf = name.rpartition(".")
+            delattr(root.get_submodule(path), leaf)
+
+
+def _within(target: str, path: str) -> bool:
+    return target == path or target.startswith(f"{path}.")
+
+
+def _read(name: str, used: Iterable[str]) -> bool:
+    return any(_within(name, target) for target in used)
