@@ -41,7 +41,7 @@ _NO_INTEGERS: Mapping[str, str] = {
 class Gpu:
     """What is lowered for: a torch device, and what the hardware can do (its compute capability)."""
 
-    device: torch.device = torch.device("cuda")
+    device: torch.device = field(default_factory=lambda: torch.device("cuda"))
     capability: tuple[int, int] = _SPARSE_SINCE
 
     @classmethod

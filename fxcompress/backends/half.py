@@ -7,7 +7,7 @@ there reads float32, and the rest computes in what it is given.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,8 +30,8 @@ LARGEST = torch.finfo(HALF).max
 PRODUCTS = frozenset((
     *(f"conv{n}d" for n in (1, 2, 3)), *(f"conv_transpose{n}d" for n in (1, 2, 3)), "linear", "bilinear", "matmul",
     "mm", "bmm", "mv", "dot", "addmm", "baddbmm", "einsum", "tensordot", "outer", "scaled_dot_product_attention",
-    "layernorm", "groupnorm", "rmsnorm", "prelu", "index_put", "index_add", "index_copy", "scatter_add", "masked_scatter",
-    "slice_scatter", "select_scatter"))
+    "layernorm", "groupnorm", "rmsnorm", "prelu", "index_put", "index_add", "index_copy", "scatter_add",
+    "masked_scatter", "slice_scatter", "select_scatter"))
 # Operators whose results leave the range of float16 (65504) where their arguments don't, or that want more than its 11
 # bits; and those that torch has for float32 alone.
 WIDE = frozenset((
@@ -72,8 +72,7 @@ class FakesOn(FakesOnDevice):
             return self.of(value) if isinstance(value, Tensor) else value
         if node.op == "call_module":
             return _run_module(self.of, module_of(node), args, kwargs)
-        function: Callable[..., Any] = (
-            getattr(type(args[0]), str(node.target)) if node.op == "call_method" else node.target)  # type: ignore[assignment]
+        function: Any = getattr(type(args[0]), str(node.target)) if node.op == "call_method" else node.target
         return function(*args, **kwargs)
 
 
@@ -89,7 +88,10 @@ def to_half(captured: Captured, device: torch.device) -> list[str]:
 
 def _convert(captured: Captured) -> list[str]:
     """Weights and buffers to float16, save those of modules that compute in float32."""
-    root, done, too_large, saturated = captured.module, set(), [], []
+    root = captured.module
+    done: set[object] = set()
+    too_large: list[str] = []
+    saturated: list[str] = []
     for node in captured.graph.nodes:
         if node.op not in ("get_attr", "call_module") or node.target in done:
             continue
@@ -172,16 +174,27 @@ class _Halving:
         for node in nodes:
             if node.op == "placeholder":
                 self.values[node] = map_tensors(next(given), self.fakes.of)
-                if _is(self.values[node], torch.float32):
-                    self._read_as(list(node.users), node, self._cast(node, HALF, body))
+                users = [user for user in node.users if kind_of(user) != "to_int8"]  # which reads any floats
+                if _is(self.values[node], torch.float32) and users:
+                    self._read_as(users, node, self._cast(node, HALF, body))
                 continue
             if node.op == "output":
                 self._keep(node, promised)
             else:
                 self._place(node)
                 self._feed(node)
-            self.values[node] = self._compute(node)
+            self.values[node] = self._fitting(node)
         return [f"{name} holds numbers beyond {LARGEST:.0f}, which became that" for name in self.clamped]
+
+    def _fitting(self, node: fx.Node) -> Any:
+        """The value of `node`; where an operator doesn't take tensors of several dtypes it reads float32."""
+        try:
+            return self._compute(node)
+        except PlanError:
+            if node.op not in ("call_function", "call_method") or kind_of(node) in PRODUCTS:
+                raise
+            self._want(node, torch.float32)
+            return self._compute(node)
 
     def _compute(self, node: fx.Node) -> Any:
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda other: self.values[other])

@@ -1,4 +1,4 @@
-"""`finalize(target="cuda")`: the graph lowered for the GPU, checked on fake tensors of it, held against the simulation."""
+"""`finalize(target="cuda")`: the graph lowered for a GPU, checked on fake tensors, held against the simulation."""
 
 from __future__ import annotations
 

@@ -86,7 +86,8 @@ def _multihead(a: Mapping[str, Any], out: Any, of: Values) -> int:
     return int(projections + 2 * rows_q * sequence * embed + rows_q * embed * embed)
 
 
-_INTEGER = ("int_conv2d", "int_linear", "cuda_int8_linear", "sparse24_linear")  # they hold their weights; each output element sums over one filter
+# They hold their weights; each output element sums over one filter.
+_INTEGER = ("int_conv2d", "int_linear", "cuda_int8_linear", "sparse24_linear")
 _RECURRENT = ("lstm", "gru", "rnn", "lstm_cell", "gru_cell", "rnn_cell")
 
 

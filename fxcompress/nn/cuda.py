@@ -57,8 +57,8 @@ class CudaInt8Linear(nn.Module):
     """A linear layer on int8 rows [..., in], as `ToInt8` makes them, that gives float16 [..., out].
 
     With a = q − s as it reads (s is 128 or 0) and the zero point z of the grid `reads`, Σ (q − z)·w is
-    Σ a·w + (s − z)·Σ w; the second term and the layer's bias are one number an output, `offset`. `weight` is int8, filled
-    up with zeros to multiples of 8 in both sizes; `scale` and `offset` are float32 [out].
+    Σ a·w + (s − z)·Σ w; the second term and the layer's bias are one number an output, `offset`. `weight` is int8,
+    filled up with zeros to multiples of 8 in both sizes; `scale` and `offset` are float32 [out].
     """
 
     fxc_kind: ClassVar[str] = "cuda_int8_linear"
@@ -114,7 +114,7 @@ def is_two_of_four(weight: Tensor) -> bool:
     """Whether of each four neighbours in a row of `weight` [out, in] at most two aren't zero."""
     if weight.dim() != 2 or weight.shape[1] % OF:
         return False
-    return bool(((weight != 0).unflatten(1, (-1, OF)).sum(-1) <= KEPT).all())
+    return bool(((weight != 0).reshape(len(weight), -1, OF).sum(-1) <= KEPT).all())
 
 
 class Sparse24Linear(nn.Module):
@@ -165,7 +165,7 @@ class Sparse24Linear(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._compressed = _Compressed()
-        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
         """The weight's shape."""
