@@ -21,9 +21,10 @@ from fxcompress.engine.gpu import put_on_gpu
 from fxcompress.engine.gpu_plan import plan_for_gpu
 from fxcompress.graph.captured import Captured
 from fxcompress.graph.ops import kind_of, module_of
-from fxcompress.nn import CudaInt8Linear, Sparse24Linear, ToInt8
+from fxcompress.nn import CudaInt4Linear, CudaInt8Linear, CudaInt8WeightLinear, Sparse24Linear, ToInt8
 from fxcompress.nn.cuda import is_two_of_four
 from fxcompress.nn.integer import Grid
+from fxcompress.passes.shared.calibrating import quantizers_of
 
 INT8 = 'use "std/quant.fxc" { int8 }\npolicy p { quantize %s as int8 { } }'
 SPARSE = "policy p { mask linear { sparsity = 50%, granularity = 2:4 } }"
@@ -85,6 +86,32 @@ def test_integers_saturate_as_the_simulation_does() -> None:
     x = torch.tensor([-1e4, -10.0, -0.05, 0.0, 0.05, 0.15, 15.5, 1e4])
     expected = torch.quantize_per_tensor(x, 0.1, 100, torch.quint8).int_repr().to(torch.int16) - 128
     assert torch.equal(ToInt8(grid)(x).to(torch.int16), expected)
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_four_bits_in_exact_arithmetic(group: int) -> None:
+    """(q - z)·s with s and z·s in bfloat16, times what is read in bfloat16."""
+    torch.manual_seed(5)
+    weight, x = torch.randint(-8, 8, (16, 128), dtype=torch.int8), noise(3, 5, 128).bfloat16()
+    scale = (torch.rand(16, 128 // group) + 0.5).bfloat16().float()
+    zero, bias = torch.randint(-8, 8, scale.shape), noise(16)
+    layer = CudaInt4Linear((16, 128), True, group)
+    layer.fill(weight, scale, zero, bias)
+    offset = (-zero * scale).bfloat16().double()
+    dense = weight.double() * scale.double().repeat_interleave(group, 1) + offset.repeat_interleave(group, 1)
+    assert torch.equal(layer.floats().double(), dense)
+    found, exact = layer(x.half()), x.double() @ dense.t() + bias.double()
+    assert found.dtype == torch.float16 and torch.allclose(found.double(), exact, rtol=2**-11, atol=1e-3)
+    assert layer.weight.numel() * 2 == weight.numel()
+
+
+def test_int8_weights_in_exact_arithmetic() -> None:
+    weight, x = torch.randint(-127, 128, (10, 24), dtype=torch.int8), noise(2, 3, 24).half()
+    scale, bias = torch.rand(10) * 1e-2, noise(10)
+    layer = CudaInt8WeightLinear((10, 24), True)
+    layer.fill(weight, scale, bias)
+    exact = x.double() @ (weight.double() * scale.double()[:, None]).t() + bias.double()
+    assert torch.allclose(layer(x).double(), exact, rtol=2**-11, atol=1e-4)
 
 
 def test_the_pattern_is_recognised() -> None:
@@ -163,6 +190,7 @@ def test_quantized_linear_layers_multiply_int8() -> None:
     model, x = mlp(24, 40, 10), noise(8, 24)
     result = compiled(INT8 % "linear", model, x)
     planned = plan_for_gpu(result.captured)
+    assert planned.captured.facts.macs == 24 * 40 + 40 * 10
     found = kinds(planned.captured)
     assert found.count("cuda_int8_linear") == 2 and "linear" not in found and "quantizer" not in found
     heads = [module for module in planned.captured.module.modules() if isinstance(module, CudaInt8Linear)]
@@ -238,6 +266,36 @@ def test_sparse_weights() -> None:
     assert apart(planned.captured.module(x), result.module(x)) < 2e-3
     old = plan_for_gpu(result.captured, Gpu(CUDA, (7, 5)))
     assert "sparse24_linear" not in kinds(old.captured) and any("since compute capability 8" in n for n in old.notes)
+
+
+def without_values_rounded(captured: Captured) -> Captured:
+    """As `captured`, but weights alone are rounded."""
+    made = captured.copy()
+    for node in quantizers_of(made):
+        node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+    made.refresh()
+    made.module.eval()
+    return made
+
+
+@pytest.mark.parametrize(("bits", "granularity", "classes"), [
+    (8, "per_channel", (CudaInt8WeightLinear, CudaInt8WeightLinear)),
+    (4, "per_channel", (CudaInt4Linear, CudaInt8WeightLinear)),
+    (3, "per_tensor", (CudaInt4Linear, CudaInt8WeightLinear))])
+def test_weights_alone(bits: int, granularity: str, classes: tuple[type[nn.Module], ...], tmp_path: Path) -> None:
+    """4 bits are packed where the sizes fit: 24 inputs don't."""
+    model, x = mlp(128, 24, 16), noise(6, 128)
+    policy = f"policy p {{ quantize linear {{ weight_bits = {bits} bits, granularity = {granularity} }} }}"
+    simulated = without_values_rounded(compiled(policy, model, x).captured)
+    planned = plan_for_gpu(simulated)
+    module = planned.captured.module
+    assert tuple(type(module_of(node)) for node in planned.captured.graph.nodes
+                 if kind_of(node).endswith("linear")) == classes
+    assert apart(module(x), simulated.module(x)) < 5e-3
+    assert planned.captured.facts.macs == 128 * 24 + 24 * 16
+    fxcompress.save(module, tmp_path / "small")
+    for other in (fxcompress.load(tmp_path / "small"), copy.deepcopy(module)):
+        assert torch.equal(other(x), module(x))
 
 
 def test_hardware_without_int8() -> None:
@@ -321,6 +379,22 @@ def test_sparse_products_on_the_gpu(rows: int, bias: bool) -> None:
     assert torch.equal(copy.deepcopy(layer)(x.half().cuda()), layer(x.half().cuda()))
     layer.load_state_dict({name: 2 * tensor for name, tensor in layer.state_dict().items()})
     assert apart(layer(x.half().cuda()).double().cpu(), 2 * expected) < 2e-3
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("rows", [1, 5, 130])
+@pytest.mark.parametrize("group", [32, 64, 128, 256])
+def test_packed_weights_on_the_gpu(rows: int, group: int) -> None:
+    torch.manual_seed(0)
+    x = noise(rows, 512).half()
+    four, eight = CudaInt4Linear((64, 512), True, group), CudaInt8WeightLinear((64, 512), True)
+    scale = torch.rand(64, 512 // group) + 0.5
+    four.fill(torch.randint(-8, 8, (64, 512), dtype=torch.int8), scale, torch.zeros(scale.shape), noise(64))
+    eight.fill(torch.randint(-127, 128, (64, 512), dtype=torch.int8), torch.rand(64) * 1e-2, noise(64))
+    for layer in (four, eight):
+        expected = layer(x).double()
+        assert apart(layer.cuda()(x.cuda()).double().cpu(), expected) < 1e-2  # tinygemm rounds to bfloat16
 
 
 @gpu

@@ -21,6 +21,7 @@ from ..graph.provenance import inherit
 from ..graph.tree import named_tensors
 from ..nn.affine import quantize
 from ..nn.cuda import CudaInt8Linear, Sparse24Linear, ToInt8, is_two_of_four
+from ..nn.cuda_weights import GROUPS, INPUTS, OUTPUTS, CudaInt4Linear, CudaInt8WeightLinear
 from ..nn.integer import Grid
 from ..nn.quantizer import Quantizer
 from ..passes.shared.fold_norms import fold
@@ -28,9 +29,10 @@ from ..passes.shared.integer import data_of, role_of
 from ..passes.shared.weights import EXPOSABLE, absorb
 from .half import to_half
 
-_INT8_SINCE, _SPARSE_SINCE = (7, 5), (8, 0)  # compute capabilities: Turing, Ampere
+_INT8_SINCE, _INT4_SINCE, _SPARSE_SINCE = (7, 5), (8, 0), (8, 0)  # compute capabilities: Turing, Ampere
 _ROWS, _COLUMNS = 32, 64  # 2:4 weights come in multiples of these (CUTLASS's; cuSPARSELt's divide them)
 _BITS = 8  # of the integers that the products take
+_PACKED_BITS = 4  # of weights that are packed by twos
 _NO_INTEGERS: Mapping[str, str] = {
     "conv2d": "torch has no convolution of integers for CUDA",
     "embedding": "it multiplies nothing",
@@ -101,7 +103,7 @@ class _Lowering:
             weight = self._weight(node)
             sparse = weight is not None and bool(weight.any()) and is_two_of_four(weight.flatten(1))
             if quantizer is not None and self._integer(node, quantizer) and sparse:
-                self.done.notes.append(f"{path_of(node)} multiplies int8, densely: its 2:4 pattern isn't used")
+                self.done.notes.append(f"{path_of(node)} multiplies integers, densely: its 2:4 pattern isn't used")
             elif node.name not in self.done.kernels and sparse:
                 self._sparse(node)
 
@@ -110,40 +112,34 @@ class _Lowering:
         return evaluated(self.captured.module, found) if isinstance(found, fx.Node) else found  # type: ignore[no-any-return]
 
     def _integer(self, node: fx.Node, quantizer: Quantizer) -> bool:
-        """Put an int8 product in the place of `node`, or say why not."""
-        data = arguments(node)["input"]
-        grids = _grids(data)
-        why = self._why_no_integers(node, quantizer, grids)
-        if why is not None:
-            self.done.left[node.name] = why
+        """Put a product with integer weights in the place of `node`, or say why not."""
+        data, bias = arguments(node)["input"], arguments(node).get("bias")
+        if kind_of(node) != "linear":
+            self.done.left[node.name] = _NO_INTEGERS[kind_of(node)]
             return False
-        (grid,) = grids
-        assert grid is not None
-        values, bias = arguments(node), arguments(node).get("bias")
-        scheme = quantizer.scheme
         with torch.no_grad():
-            weight = evaluated(self.captured.module, values["weight"].args[0])
-            scale, zero = quantizer.scale.reshape(-1, 1), quantizer.zero_point.reshape(-1, 1)
-            integers = quantize(weight, scale, zero, scheme.low, scheme.high).to(torch.int8)
+            weights = Weights.of(evaluated(self.captured.module, arguments(node)["weight"].args[0]), quantizer)
             offset = evaluated(self.captured.module, bias).detach() if isinstance(bias, fx.Node) else None
-            layer = CudaInt8Linear(weight.shape, grid).to(weight.device)
-            layer.fill(integers, quantizer.scale, offset)
+            grids = _grids(data)
+            if grids == {None}:
+                made = _weight_only(weights, offset, self.gpu) if kind_of(data) != "quantizer" else (
+                    "there is no kernel for CUDA that rounds what it reads as it runs")
+            else:
+                made = _static(weights, offset, grids, self.gpu)
+        if isinstance(made, str):
+            self.done.left[node.name] = made
+            return False
+        if isinstance(made, CudaInt8Linear):
+            data = self._round(data, made.reads, node)
+        self._replace(node, made.to(weights.integers.device), data)
+        return True
+
+    def _round(self, data: fx.Node, grid: Grid, node: fx.Node) -> fx.Node:
+        """The integers of `data`, made in front of `node` unless they are there already."""
         if (data, grid) not in self.rounded:
             with self.captured.graph.inserting_before(node):
                 self.rounded[data, grid] = self._call(ToInt8(grid), f"{data.name}_to_int8", data, node)
-        self._replace(node, layer, self.rounded[data, grid])
-        return True
-
-    def _why_no_integers(self, node: fx.Node, quantizer: Quantizer, grids: set[Grid | None]) -> str | None:
-        if kind_of(node) != "linear":
-            return _NO_INTEGERS[kind_of(node)]
-        if len(grids) != 1 or None in grids:
-            return "what it reads isn't rounded to one grid"
-        if quantizer.scheme.bits > _BITS or bool(quantizer.zero_point.any()):
-            return "its weights aren't symmetric int8"
-        if self.gpu.capability < _INT8_SINCE:
-            return "tensor cores multiply int8 since compute capability 7.5"
-        return None
+        return self.rounded[data, grid]
 
     def _sparse(self, node: fx.Node) -> None:
         """Put a sparse product in the place of `node`, or say why not."""
@@ -183,6 +179,64 @@ class _Lowering:
         made.meta["path"] = path_of(old)
         inherit(made, old)
         return made
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The integers of a weight [out, in], with scales and zero points [out, groups]; a group has `group` inputs."""
+
+    integers: Tensor
+    scale: Tensor
+    zero: Tensor
+    group: int
+    bits: int
+
+    @classmethod
+    def of(cls, weight: Tensor, quantizer: Quantizer) -> Weights:
+        """Rounded as `quantizer` does it."""
+        out, inputs, scheme = weight.shape[0], weight.shape[1], quantizer.scheme
+        rows, scale, zero = quantizer.in_rows(weight), quantizer.scale[:, None], quantizer.zero_point[:, None]
+        integers = quantize(rows, scale, zero, scheme.low, scheme.high).reshape(out, -1)[:, :inputs].to(torch.int8)
+        each = out if quantizer.rows > 1 else 1
+        scales, zeros = (tensor.reshape(each, -1).expand(out, -1) for tensor in (quantizer.scale, quantizer.zero_point))
+        return cls(integers, scales, zeros, rows.shape[1] if scales.shape[1] > 1 else inputs, scheme.bits)
+
+    @property
+    def plain(self) -> bool:
+        """Whether they are int8 with a scale for each output, and zero is zero."""
+        return self.bits <= _BITS and self.scale.shape[1] == 1 and not bool(self.zero.any())
+
+
+def _static(weights: Weights, bias: Tensor | None, grids: set[Grid | None], gpu: Gpu) -> nn.Module | str:
+    """The layer that multiplies integers with integers, or why there is none."""
+    (grid, *others) = grids
+    if others or grid is None:
+        return "what it reads isn't rounded to one grid"
+    if not weights.plain:
+        return "its weights aren't symmetric int8 with a scale for each output"
+    if gpu.capability < _INT8_SINCE:
+        return "tensor cores multiply int8 since compute capability 7.5"
+    layer = CudaInt8Linear(weights.integers.shape, grid)
+    layer.fill(weights.integers, weights.scale[:, 0], bias)
+    return layer
+
+
+def _weight_only(weights: Weights, bias: Tensor | None, gpu: Gpu) -> nn.Module | str:
+    """The layer that reads floats and holds integers, or why there is none: 4 bits where tinygemm takes the sizes."""
+    (out, inputs), groups = weights.integers.shape, weights.scale.shape[1]
+    group = weights.group if groups > 1 else next((size for size in GROUPS if inputs % size == 0), 0)
+    fits = group in GROUPS and not (inputs % group or inputs % INPUTS or out % OUTPUTS)
+    if weights.bits <= _PACKED_BITS and fits and gpu.capability >= _INT4_SINCE:
+        packed = CudaInt4Linear((out, inputs), bias is not None, group)
+        scale, zero = (each.expand(out, inputs // group) for each in (weights.scale, weights.zero))
+        packed.fill(weights.integers, scale, zero, bias)
+        return packed
+    if weights.plain:
+        layer = CudaInt8WeightLinear((out, inputs), bias is not None)
+        layer.fill(weights.integers, weights.scale[:, 0], bias)
+        return layer
+    return (f"the packed kernels take int8 with a scale for each output, or 4 bits in groups of {GROUPS[-1]} to "
+            f"{GROUPS[0]} with {INPUTS} inputs and {OUTPUTS} outputs, or multiples of these")
 
 
 def _weight_quantizer(node: fx.Node) -> Quantizer | None:

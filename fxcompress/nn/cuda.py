@@ -100,14 +100,14 @@ class CudaInt8Linear(nn.Module):
         return str(self.shape)
 
 
-class _Compressed:
-    """Holds the compressed weight, which can't be copied or pickled: a copy holds nothing."""
+class Kept:
+    """Holds a weight as a kernel wants it, which can't be copied or pickled: a copy holds nothing."""
 
     def __init__(self) -> None:
         self.tensor: Tensor | None = None
 
-    def __reduce__(self) -> tuple[type[_Compressed], tuple[()]]:
-        return _Compressed, ()
+    def __reduce__(self) -> tuple[type[Kept], tuple[()]]:
+        return Kept, ()
 
 
 def is_two_of_four(weight: Tensor) -> bool:
@@ -134,7 +134,7 @@ class Sparse24Linear(nn.Module):
         self.shape, self.has_bias = tuple(shape), has_bias
         self.weight = nn.Parameter(torch.zeros(self.shape, dtype=torch.float16))
         self.bias = nn.Parameter(torch.zeros(self.shape[0], dtype=torch.float16)) if has_bias else None
-        self._compressed = _Compressed()
+        self._compressed = Kept()
 
     def fill(self, weight: Tensor, bias: Tensor | None) -> None:
         """Set the weights, [out, in] and [out], and whether they are trained: as those that are given."""
@@ -142,7 +142,7 @@ class Sparse24Linear(nn.Module):
             return nn.Parameter(tensor.detach().to(torch.float16), tensor.requires_grad)
 
         self.weight, self.bias = half(weight), None if bias is None else half(bias)
-        self._compressed = _Compressed()
+        self._compressed = Kept()
 
     def forward(self, x: Tensor) -> Tensor:
         """float16 [..., out]."""
@@ -160,11 +160,11 @@ class Sparse24Linear(nn.Module):
         return self._compressed.tensor
 
     def _apply(self, fn: Any, recurse: bool = True) -> Sparse24Linear:
-        self._compressed = _Compressed()
+        self._compressed = Kept()
         return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._compressed = _Compressed()
+        self._compressed = Kept()
         super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
