@@ -20,7 +20,7 @@ def macs_of(kind: str, node: fx.Node, value: Any, value_of: Values) -> int:
         return _recurrent(node, value_of)
     if kind in _INTEGER:
         shape: Any = module_of(node).shape  # of the weight, which may be packed
-        return int(value.numel()) * math.prod(shape[1:])
+        return int(value.numel() * math.prod(shape[1:]))
     counter = _COUNTERS.get(kind)
     if counter is None:
         return 0
