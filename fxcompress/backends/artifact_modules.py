@@ -31,6 +31,8 @@ from ..nn import (
     ToFloat,
     ToInteger,
 )
+from ..nn.cuda import CudaInt8Linear, Sparse24Linear, ToInt8
+from ..nn.cuda_weights import CudaInt4Linear, CudaInt8WeightLinear
 from ..nn.integer import After, Grid
 from ..nn.scheme import Scheme
 from .artifact_json import Cursor, fail, printable, reason
@@ -188,6 +190,11 @@ def _rows() -> Iterable[SavedClass]:
     yield SavedClass(IntLinear, _PRODUCT)
     yield SavedClass(IntConv2d, _PRODUCT | {"stride": NUMBERS, "padding": NUMBERS, "dilation": NUMBERS,
                                             "groups": WHOLE})
+    yield SavedClass(ToInt8, {"gives": GRID})
+    yield SavedClass(CudaInt8Linear, {"shape": NUMBERS, "reads": READS})
+    for held in (Sparse24Linear, CudaInt8WeightLinear):
+        yield SavedClass(held, {"shape": NUMBERS, "has_bias": FLAG})
+    yield SavedClass(CudaInt4Linear, {"shape": NUMBERS, "has_bias": FLAG, "group": WHOLE})
     yield SavedClass(ByMode, {"train_value": Argument(_constant), "eval_value": Argument(_constant)})
 
 

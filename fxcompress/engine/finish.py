@@ -24,6 +24,7 @@ from ..plan.budgets import judge
 from ..plan.model import Totals
 from ..plan.totals import totals_of
 from ..policy.model import Policy
+from .gpu import put_on_gpu
 from .integers import held_against, is_quantized, require_ranges
 from .measure import Baseline, Measured, Measuring, failure
 from .quantization import measure as measure_quantization
@@ -89,7 +90,8 @@ def finish(captured: Captured, policy: Policy, baseline: Baseline, lets: Mapping
     kernels are held against the simulation on.
 
     Raises PlanError: FXC0530 for expectations that don't hold, FXC0320 and FXC0531 for budgets that aren't met,
-    FXC0572 for quantized layers that weren't calibrated, FXC0573 for kernels that depart from the simulation.
+    FXC0572 for quantized layers that weren't calibrated, FXC0573 for kernels that depart from the simulation; FXC0580
+    to FXC0582 on a GPU, see `put_on_gpu`.
     """
     require_ranges(captured)
     final = captured.copy()
@@ -100,10 +102,10 @@ def finish(captured: Captured, policy: Policy, baseline: Baseline, lets: Mapping
     final = replace(final, module=final.module.to(target), example=_moved(final.example, target))
     notes: list[str] = []
     quantization = None
-    if is_quantized(final) and target == "cpu":
-        notes, quantization = put_integers_in(final, data)
+    if target == "cuda":
+        notes = put_on_gpu(final, data)
     elif is_quantized(final):
-        notes = ["quantized layers round and compute in float: there are integer kernels for `cpu` alone"]
+        notes, quantization = put_integers_in(final, data)
     sink = Sink()
     measuring = Measuring(final, baseline, lets)
     measured = tuple(measuring.measure(expect) for expect in policy.expects)
