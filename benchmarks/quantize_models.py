@@ -25,8 +25,6 @@ PLACE = Path(__file__).parent.parent / "out/quantize_speed"
 SIZE = 224  # pixels
 SAMPLES = 16  # to calibrate on
 SETTLE = 3, 4  # batches, and images in each, that batch norms get their statistics from
-REFERENCE = "reference.pt"
-FILE_CONTAINER = "{package}-{version}"
 
 
 @dataclass(frozen=True)

@@ -171,8 +171,7 @@ def openvino_file(job: Job) -> Path:
         kind = nncf.ModelType.TRANSFORMER if job.transformer else None
         done = nncf.quantize(model, data, subset_size=len(job.calibration), model_type=kind)
         openvino.save_model(done, path, compress_to_fp16=False)
-        path.with_suffix(".bin").replace(final := path.with_name("static.bin"))
-        assert final.exists()
+        path.with_suffix(".bin").replace(path.with_name("static.bin"))  # it is looked for beside static.xml
 
     return cached(job.file("static.xml", "onnxscript", "openvino", "nncf"), make)
 
