@@ -1,7 +1,8 @@
 """The models of `quantize_speed.py`, what they run on, and the files that its workers share.
 
-Vision models are torchvision's, untrained, with the statistics that their batch norms have on noise: what is measured is
-time, and values must stay in ranges that quantization can meet. MiniLM has its trained weights and reads real sentences.
+Vision models are torchvision's, untrained, with the statistics that their batch norms have on noise: what is measured
+is time, and values must stay in ranges that quantization can meet. MiniLM has its trained weights and reads real
+sentences.
 """
 
 from __future__ import annotations

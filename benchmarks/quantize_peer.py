@@ -111,8 +111,9 @@ def static_onnx_file(job: Job) -> Path:
         from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
         CalibrationDataReader.register(Reader)
-        quantize_static(str(tidy_onnx_file(job)), str(path), Reader(job), quant_format=QuantFormat.QDQ, per_channel=True,
-                        reduce_range=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)
+        quantize_static(str(tidy_onnx_file(job)), str(path), Reader(job), quant_format=QuantFormat.QDQ,
+                        per_channel=True, reduce_range=True, activation_type=QuantType.QUInt8,
+                        weight_type=QuantType.QInt8)
 
     return cached(job.file("static.onnx", "onnxscript", "onnxruntime"), make)
 
@@ -184,4 +185,3 @@ CONTESTANTS: Mapping[str, Callable[[Job], Run]] = {
     "ort_dynamic": onnx_runtime(dynamic_onnx_file),
     "ov_fp32": openvino(quantized=False), "ov_int8": openvino(quantized=True),
 }
-NO_INFERENCE_MODE = frozenset({"inductor", "pt2e", "pt2e_cpp", "ours_fp32_compiled", "ours_int8_compiled"})

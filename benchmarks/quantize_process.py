@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import queue
@@ -125,6 +126,24 @@ class Rounds:
     least: int = 3
     budget: float = 60.0
     share: float = 0.05
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Rounds:
+        """What the options of `options` say."""
+        return cls(most=args.rounds, least=min(args.rounds, cls.least), budget=args.budget)
+
+
+def options(parser: argparse.ArgumentParser, results: Path) -> None:
+    """The options that the scripts share."""
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
+    parser.add_argument("--rounds", type=int, default=Rounds.most, help="at most (default %(default)s)")
+    parser.add_argument("--budget", type=float, default=Rounds.budget, metavar="SECONDS",
+                        help=f"to time each model and batch, {Rounds.least} rounds at least (default %(default)s)")
+    parser.add_argument("--core", type=int, default=1, help="the core to measure on (default %(default)s)")
+    parser.add_argument("--limit", type=float, default=900, metavar="SECONDS",
+                        help="to prepare a contestant (default %(default)s)")
+    parser.add_argument("--out", type=Path, default=results)
+    parser.add_argument("--show", action="store_true", help="print the tables of the CSV and stop")
 
 
 def in_turn(workers: Mapping[str, Worker], rounds: Rounds, core: int, seed: int = 0) -> Measured:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 from quantize_models import MODELS, TRANSFORMERS
-from quantize_process import Measured, Rounds, measure
+from quantize_process import Measured, Rounds, measure, options
 from tables import Row, markdown, number, read, write
 
 RESULTS = Path(__file__).parent / "results/quantize_speed.csv"
@@ -178,8 +178,8 @@ def _how(rows: Sequence[Row], pairs: Mapping[Pair, Mapping[str, Row]]) -> str:
     several = f" Not all of one run: {', '.join(mixed)}." if mixed else ""
     drifts = [float(row["drift"]) for row in rows if number(row, "drift") is not None and not garbage(row)]
     return (f"Medians of paired ratios, {counts[0] if counts else 0} to {counts[-1] if counts else 0} rounds; the "
-            f"quartiles of a ratio lie {apart:.0%} apart in the median. One pinned core, one thread, 224 x 224, MiniLM 128 "
-            "tokens; glibc's allocator keeps its pages (`MALLOC_TRIM_THRESHOLD_`, `MALLOC_MMAP_MAX_=0`) for all. "
+            f"quartiles of a ratio lie {apart:.0%} apart in the median. One pinned core, one thread, 224 x 224, MiniLM "
+            "128 tokens; glibc's allocator keeps its pages (`MALLOC_TRIM_THRESHOLD_`, `MALLOC_MMAP_MAX_=0`) for all. "
             "Activations (ONNX Runtime: weights) of 7 bits for all whom 8 would saturate. torch.ao: the faster of its "
             "engines x86 and onednn; PT2E: with or without the C++ wrapper; ONNX Runtime: static or, for transformers, "
             "dynamic. Outputs were compared with fp32 eager's: norm of the difference at most "
@@ -189,41 +189,34 @@ def _how(rows: Sequence[Row], pairs: Mapping[Pair, Mapping[str, Row]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--peers", action="store_true", help="the other systems too")
     parser.add_argument("--only", nargs="+", choices=(*OURS, *PEERS), default=[], metavar="CONTESTANT",
                         help="these, in place of all: " + ", ".join((*OURS, *PEERS)))
-    parser.add_argument("--rounds", type=int, default=Rounds.most, help="at most (default %(default)s)")
-    parser.add_argument("--budget", type=float, default=Rounds.budget, metavar="SECONDS",
-                        help="to measure each model and batch, three rounds at least (default %(default)s)")
-    parser.add_argument("--core", type=int, default=1, help="the core to measure on")
-    parser.add_argument("--limit", type=float, default=900, metavar="SECONDS", help="to prepare a contestant")
     parser.add_argument("--resume", action="store_true", help="leave out what the CSV has")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--show", action="store_true", help="print the tables of the CSV and stop")
+    options(parser, RESULTS)
     args = parser.parse_args()
     rows = read(args.out)
     run = time.strftime("%Y-%m-%d %H:%M")
-    rounds = Rounds(most=args.rounds, least=min(args.rounds, Rounds.least), budget=args.budget)
     for model in () if args.show else args.models:
         for batch in args.batches:
             names = contestants(model, args.peers, args.only)
             if args.resume and done(rows, model, batch, names):
                 continue
             begin = time.monotonic()
-            found = measure(names, model, batch, rounds, args.core, args.limit)
+            found = measure(names, model, batch, Rounds.of(args), args.core, args.limit)
             new = rows_of(model, batch, names, found, run)
             rows = merged(rows, new)
             write(args.out, rows, COLUMNS)
-            _tell(new, time.monotonic() - begin)
+            tell(new, time.monotonic() - begin)
     print(table(read(args.out)))
 
 
-def _tell(rows: Sequence[Row], seconds: float) -> None:
+def tell(rows: Sequence[Row], seconds: float) -> None:
     print(f"{rows[0]['model']}, batch {rows[0]['batch']}: {seconds:.0f} s", file=sys.stderr)
     for row in rows:
-        what = row.get("error") or (f"{row['ms']:8.1f} ms  x {row['speed']:.2f} ({row['low']:.2f} to {row['high']:.2f})  "
-                                    f"drift {row['drift']:.2g}  prepared in {row['prepare_s']:.0f} s")
+        what = row.get("error") or (
+            f"{row['ms']:8.1f} ms  x {row['speed']:.2f} ({row['low']:.2f} to {row['high']:.2f})  "
+            f"drift {row['drift']:.2g}  prepared in {row['prepare_s']:.0f} s, {row['memory_mib']:.0f} MiB")
         print(f"  {row['contestant']:20} {what}", file=sys.stderr, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""One contestant of `quantize_speed.py` in a process of its own: eager PyTorch, or fxcompress. Peers: `quantize_peer.py`.
+"""One contestant of `quantize_speed.py` in a process of its own: eager PyTorch, ours, or one of `quantize_peer.py`.
 
     python benchmarks/quantize_worker.py resnet18 1 ours_int8
 
@@ -31,6 +31,15 @@ Run = Callable[[], Any]  # one forward pass; gives the output
 FLOAT = "policy float { }"
 STATIC = 'use "std/quant.fxc" { int8 }\npolicy static { quantize conv2d | linear as int8 { } }'
 
+REMOVED = "remove channels(conv2d) { ratio = 50%, by = l1, align = 16 }"
+# Half of the channels, then integers for what is left.
+REMOVE = f"policy smaller {{ phase shrink {{ {REMOVED} }} }}"
+REMOVE_AND_QUANTIZE = f"""use "std/quant.fxc" {{ int8 }}
+policy smaller_int8 {{
+    phase shrink {{ {REMOVED} }}
+    phase deploy after shrink {{ quantize conv2d | linear as int8 {{ }} }}
+}}"""
+
 
 def eager(job: Job) -> Run:
     net, inputs = job.net, job.inputs
@@ -41,7 +50,7 @@ def compressed(job: Job, policy: str) -> fxcompress.Result:
     """The job's model under `policy`, calibrated."""
     import fxcompress
 
-    if policy == FLOAT:
+    if "quantize" not in policy:
         return fxcompress.compile(policy, job.net, job.inputs)
     return fxcompress.compile(policy, job.net, job.inputs, calibration=job.calibration)
 
@@ -68,8 +77,12 @@ CONTESTANTS: Mapping[str, Callable[[Job], Run]] = {
     "ours_int8": ours(STATIC),
     "ours_int8_compiled": ours(STATIC, compile=True),
     "ours_auto": auto,
+    "ours_removed": ours(REMOVE),
+    "ours_removed_int8": ours(REMOVE_AND_QUANTIZE),
     **quantize_peer.CONTESTANTS,
 }
+# Compiled under `no_grad`, as their documents have it.
+NOT_INFERENCE = frozenset({"inductor", "pt2e", "pt2e_cpp", "ours_fp32_compiled", "ours_int8_compiled"})
 
 
 def reference(job: Job) -> Tensor:
@@ -145,7 +158,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    with torch.inference_mode(mode=contestant not in quantize_peer.NO_INFERENCE_MODE), torch.no_grad():
+    with torch.inference_mode(mode=contestant not in NOT_INFERENCE), torch.no_grad():
         run = prepared(Job(model, int(batch)), contestant, send)
         if run is not None:
             serve(run, sys.stdin, send)
