@@ -6,7 +6,7 @@ tensors of it (`half.py`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -28,6 +28,7 @@ from ..passes.shared.fold_norms import fold
 from ..passes.shared.integer import data_of, role_of
 from ..passes.shared.weights import EXPOSABLE, absorb
 from .half import to_half
+from .settling import settle
 
 _INT8_SINCE, _INT4_SINCE, _SPARSE_SINCE = (7, 5), (8, 0), (8, 0)  # compute capabilities: Turing, Ampere
 _ROWS, _COLUMNS = 32, 64  # 2:4 weights come in multiples of these (CUTLASS's; cuSPARSELt's divide them)
@@ -79,7 +80,7 @@ def lower(captured: Captured, done: OnCuda, gpu: Gpu | None = None) -> None:
         if kind_of(node) in EXPOSABLE and node.op == "call_function":
             absorb(captured, node)
     drop_dead(captured.graph)
-    _settle(captured, done)
+    settle(captured, done.kernels.values())
     done.changed.update(node for node, _ in norms)
     if norms:
         done.notes.append(f"{len(norms)} batch norm{'s' * (len(norms) != 1)} folded into the layers before them")
@@ -311,30 +312,3 @@ def _let_values_pass(captured: Captured) -> None:
             captured.graph.erase_node(node)
     for name in [name for name, module in captured.module.named_modules() if module_kind(module) == "quantizer"]:
         captured.module.delete_submodule(name)
-
-
-def _settle(captured: Captured, done: OnCuda) -> None:
-    """Each kernel takes the place of its layer's module where nothing else is called there, and what nothing reads any
-    more goes."""
-    root, graph = captured.module, captured.graph
-    targets = [str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")]
-    for node in done.kernels.values():
-        path = str(node.target).rpartition(".")[0]
-        if path and not any(_within(target, path) and target != node.target for target in targets):
-            owner, _, leaf = path.rpartition(".")
-            setattr(root.get_submodule(owner), leaf, module_of(node))
-            node.target = path
-    root.delete_all_unused_submodules()
-    used = [str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")]
-    for name in named_tensors(root).all:
-        if not _read(name, used):
-            path, _, leaf = name.rpartition(".")
-            delattr(root.get_submodule(path), leaf)
-
-
-def _within(target: str, path: str) -> bool:
-    return target == path or target.startswith(f"{path}.")
-
-
-def _read(name: str, used: Iterable[str]) -> bool:
-    return any(_within(name, target) for target in used)

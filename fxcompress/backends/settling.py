@@ -11,12 +11,10 @@ from ..graph.captured import Captured
 from ..graph.ops import module_of
 from ..graph.tree import named_tensors
 
-BESIDE = ("integer", "packed")  # last words of the paths that kernels stand at for now, in their layer's module
-
 
 def settle(captured: Captured, kernels: Iterable[fx.Node]) -> None:
-    """Each of `kernels` takes the place of its layer's module, and what nothing reads any more goes: modules, parameters
-    and buffers of those that stay."""
+    """Each of `kernels`, put into its layer's module, takes the place of that where nothing else in it is used, and
+    what nothing reads any more goes: modules, parameters and buffers of those that stay."""
     root, graph = captured.module, captured.graph
     inside: Counter[str] = Counter()  # how many calls and reads there are at each path, or below it
     for node in graph.nodes:
@@ -24,8 +22,8 @@ def settle(captured: Captured, kernels: Iterable[fx.Node]) -> None:
             parts = str(node.target).split(".")
             inside.update(".".join(parts[:length]) for length in range(1, len(parts) + 1))
     for node in kernels:
-        path, _, word = str(node.target).rpartition(".")
-        if word in BESIDE and inside[path] == 1:
+        path = str(node.target).rpartition(".")[0]
+        if inside[path] == 1:
             owner, _, leaf = path.rpartition(".")
             setattr(root.get_submodule(owner), leaf, module_of(node))
             node.target = path

@@ -1,15 +1,15 @@
 """Layers that multiply integers on the CPU, on plain uint8 and int8 tensors.
 
-u8 activations times s8 weights are summed in 32 bits; scale, bias, addition and activation are applied to the sum, which
-is then rounded to u8, or left in float. Which library computes it is chosen by shape (`engines.py`). Weights are kept as
-int8 and packed at the first call: what is packed can neither be copied nor saved.
+u8 activations times s8 weights are summed in 32 bits; scale, bias, addition and activation are applied to the sum,
+which is then rounded to u8, or left in float. Which library computes it is chosen by shape (`engines.py`). Weights are
+kept as int8 and packed at the first call: what is packed can neither be copied nor saved.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn

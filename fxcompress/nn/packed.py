@@ -1,4 +1,4 @@
-"""Float convolutions as they are deployed on the CPU: filters packed once by oneDNN, what follows in the same kernel."""
+"""Float convolutions as they are deployed on the CPU: filters packed once by oneDNN, what follows in the kernel."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class PackedConv2d(nn.Module):
     def __init__(self, shape: Sequence[int], has_bias: bool, stride: Sequence[int], padding: Sequence[int],
                  dilation: Sequence[int], groups: int, adds: bool = False, activation: str = "none",
                  numbers: Sequence[float] = ()) -> None:
-        """`shape` is that of the filters [out, in / groups, kH, kW]; the other settings as in `torch.nn.Conv2d`, each of
-        two numbers."""
+        """`shape` is that of the filters [out, in / groups, kH, kW]; the other settings as in `torch.nn.Conv2d`, each
+        of two numbers."""
         super().__init__()
         self.shape, self.has_bias, self.adds = tuple(shape), has_bias, adds
         self.stride, self.padding, self.dilation, self.groups = tuple(stride), tuple(padding), tuple(dilation), groups
