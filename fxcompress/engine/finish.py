@@ -20,6 +20,7 @@ from ..graph.timing import TOLERANCE, latency
 from ..graph.verify import Before, verify
 from ..passes.shared.inference import bake_evaluation
 from ..passes.shared.masking import remove_masks
+from ..passes.shared.training_rounds import fold_training
 from ..plan.budgets import judge
 from ..plan.model import Totals
 from ..plan.totals import totals_of
@@ -53,6 +54,12 @@ def take_training_off(captured: Captured) -> None:
     """Remove what only acts in training (dropout, stochastic depth, switches of the mode), in place and verified."""
     _rewritten(captured, bake_evaluation,
                Origin("finalize", "python", "result.finalize()", "(end)", "reads past a dropout"))
+
+
+def take_norms_in(captured: Captured) -> None:
+    """Fold the batch norms that quantizers counted in while they trained, in place and verified."""
+    _rewritten(captured, fold_training,
+               Origin("finalize", "python", "result.finalize()", "(end)", "rounds with the range that training left"))
 
 
 def _rewritten(captured: Captured, rewrite: Callable[[Captured], Iterable[fx.Node]], origin: Origin) -> None:
@@ -97,6 +104,7 @@ def finish(captured: Captured, policy: Policy, baseline: Baseline, lets: Mapping
     final = captured.copy()
     take_masks_off(final, fold=True)
     take_training_off(final)
+    take_norms_in(final)
     final.module.zero_grad(set_to_none=True)
     final.module.eval()
     final = replace(final, module=final.module.to(target), example=_moved(final.example, target))

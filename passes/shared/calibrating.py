@@ -13,6 +13,7 @@ from fxcompress.diagnostics import Diagnostic, PlanError
 from fxcompress.graph.calibration import Calibration
 from fxcompress.graph.captured import Captured
 from fxcompress.graph.ops import kind_of, module_of, path_of
+from fxcompress.nn.dynamic import DynamicQuantizer
 from fxcompress.nn.observers import Observer
 from fxcompress.nn.quantizer import Quantizer
 from fxcompress.passbase import OBSERVERS
@@ -46,7 +47,7 @@ def quantizers_of(captured: Captured) -> dict[fx.Node, Quantizer]:
 @contextmanager
 def without_rounding(captured: Captured) -> Iterator[None]:
     """All quantizers off, and afterwards as they were."""
-    quantizers = [module for module in captured.module.modules() if isinstance(module, Quantizer)]
+    quantizers = [module for module in captured.module.modules() if isinstance(module, Quantizer | DynamicQuantizer)]
     was = [module.on for module in quantizers]
     for module in quantizers:
         module.on = False
