@@ -71,13 +71,33 @@ def traced_conv2d(layer: IntConv2d, q: Tensor, other: Tensor | None) -> Tensor:
     """The convolution in operators that `torch.compile` and `torch.export` follow; freezing packs the weight once."""
     packed = _D.qconv_prepack(layer.weight, layer.weight_scale, layer.reads.scale, layer.reads.zero_point,
                               *layer.settings, None)
-    return _onednn(layer, packed, _conv, _conv_adding, layer.settings)(q, other)
+    return _traced(layer, packed, _conv, layer.settings, q, other)
 
 
 def traced_linear(layer: IntLinear, q: Tensor, other: Tensor | None) -> Tensor:
     """The linear layer in operators that `torch.compile` and `torch.export` follow."""
     packed = _D.qlinear_prepack(layer.weight, None)
-    return _onednn(layer, packed, _D.qlinear_pointwise, _D.qlinear_pointwise.binary, ())(q, other)
+    return _traced(layer, packed, _D.qlinear_pointwise, (), q, other)
+
+
+def _traced(layer: Product, packed: Tensor, product: Any, settings: tuple[Any, ...], q: Tensor,
+            other: Tensor | None) -> Tensor:
+    """What writes into its argument can't be traced: additions are written out, in the words that Inductor fuses into
+    the product again."""
+    after, bias = layer.after, layer.bias
+    if after.adds is None:
+        made: Tensor = _onednn(layer, packed, product, None, settings)(q, None)
+        return made
+    assert other is not None
+    given = (layer.reads.scale, layer.reads.zero_point, packed, layer.weight_scale, layer.weight_zero)
+    total = product(q, *given, bias, *settings, 1.0, 0, torch.float32, "none", [], "")
+    added = other if other.is_floating_point() else (other.to(torch.float32) - after.adds.zero_point) * after.adds.scale
+    total = torch.relu(total + added) if after.activation == "relu" else total + added
+    if after.gives is None:
+        return total
+    inverse = 1.0 / after.gives.scale
+    made = ((total * inverse).round() + after.gives.zero_point).clamp(0, _TOP).to(torch.uint8)
+    return made if after.gives.high == _TOP else made.clamp(max=after.gives.high)
 
 
 def _listed(value: Any) -> Any:
