@@ -20,8 +20,9 @@ def _benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", [
     "nn/Transformer", "nn/GRU", "transformers/bert",
     *(pytest.param(name, marks=pytest.mark.slow) for name in (
-        "transformers/gpt2", "shufflenet_v2_x0_5", "densenet121", "swin_t", "convnext_tiny", "timm/nfnet_f0", "timm/ghostnet_050",
-        "timm/tf_efficientnet_lite0", "timm/mobilevitv2_050", "transformers/llama", "transformers/vit"))])
+        "transformers/gpt2", "shufflenet_v2_x0_5", "densenet121", "swin_t", "convnext_tiny", "timm/nfnet_f0",
+        "timm/ghostnet_050", "timm/tf_efficientnet_lite0", "timm/mobilevitv2_050", "transformers/llama",
+        "transformers/vit"))])
 def test_all_that_is_asked_for_is_in_kernels(name: str) -> None:
     """Every layer, near the float model; the row itself checks that quantizers stand on float tensors alone."""
     import quantize_zoo
