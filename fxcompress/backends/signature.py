@@ -84,19 +84,26 @@ class Signature:
         return [*args, *(kwargs[name] for name in names[len(args):])]
 
 
-def flatten(module: fx.GraphModule) -> None:
-    """Let `module` take the tensors of its signature and give a tuple of them, in place. Inputs that aren't tensors get
-    their defaults."""
-    for node in list(module.graph.nodes):
-        if node.op == "placeholder" and not isinstance(node.meta["fxc"].dtype, torch.dtype):
+def flatten_inputs(module: fx.GraphModule) -> None:
+    """Let `module` take the tensors of its signature alone, in place: other inputs get their defaults."""
+    for node in module.graph.find_nodes(op="placeholder"):
+        if not isinstance(node.meta["fxc"].dtype, torch.dtype):
+            default = node.args[0]
             for user in list(node.users):
-                user.args, user.kwargs = fx.map_arg(
-                    (user.args, user.kwargs), lambda arg, gone=node: gone.args[0] if arg is gone else arg)
+                given = fx.map_arg((user.args, user.kwargs), lambda arg, at=node, new=default: new if arg is at else arg)
+                user.args, user.kwargs = given
             module.graph.erase_node(node)
-        elif node.op == "output":
-            tensors: list[fx.Node] = []
-            _nest(node.args[0], tensors)
-            node.args = (tuple(tensors),)
+        node.args = ()
+    module.recompile()
+
+
+def flatten(module: fx.GraphModule) -> None:
+    """The same, and let it give a tuple of the tensors of its signature."""
+    flatten_inputs(module)
+    output, = module.graph.find_nodes(op="output")
+    tensors: list[fx.Node] = []
+    _nest(output.args[0], tensors)
+    output.args = (tuple(tensors),)
     module.recompile()
 
 
