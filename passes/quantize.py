@@ -17,11 +17,13 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Quantize(Pass):
     """Compute the selected layers in integers: batch norms are folded, activations fused, and what layers read and give
-    is rounded to a grid that calibration finds; `finalize` replaces them by integer kernels."""
+    is rounded to a grid that calibration finds; `finalize` replaces them by integer kernels. Of `multihead_attention`
+    the projections are quantized, as linear layers: select `linear | multihead_attention` for all of a transformer."""
 
     verb: ClassVar[str] = "quantize"
     facet: ClassVar[Facet] = Facet.NUMERIC
-    kinds: ClassVar[tuple[str, ...]] = ("conv2d", "linear")
+    kinds: ClassVar[tuple[str, ...]] = ("conv2d", "linear", "multihead_attention", "conv1d", "conv3d",
+                                        "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "addmm")
 
     bits: int | None = param(
         Bits(low=2, high=8), "of the integers that layers read and give, which kernels hold in bytes; without it 8, or "

@@ -74,7 +74,7 @@ def _or_none(read: Callable[[Cursor], Any]) -> Callable[[Cursor], Any]:
 
 
 def _has(name: str) -> Callable[[nn.Module], bool]:
-    return lambda module: getattr(module, name) is not None
+    return lambda module: getattr(module, name, None) is not None  # what nothing reads any more may be gone
 
 
 WHOLE = Argument(lambda cursor: cursor.integer())

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from ..graph.captured import Captured
 from ..graph.interpret import evaluated
-from ..graph.ops import arguments, kind_of, module_of, path_of
+from ..graph.ops import arguments, kind_of, module_of, op_of, path_of
 from ..graph.propagate import drop_dead
 from ..graph.provenance import inherit
 from ..graph.tree import named_tensors
@@ -21,6 +21,7 @@ from ..nn.moving import Interleave, ToFloat, ToInteger
 from ..nn.quantizer import Quantizer
 from ..passes.shared.calibrating import quantizers_of
 from ..passes.shared.integer import Region, data_of, regions_of, role_of
+from ..passes.shared.masking import is_there
 from .int8_moves import READS_SIZES, interleaved, max_pool, mean, pair
 
 # Activation -> oneDNN's name for it, and its numbers, or the arguments that hold them.
@@ -28,6 +29,7 @@ ACTIVATIONS: Mapping[str, tuple[str, tuple[str | float, ...]]] = {
     "relu": ("relu", ()), "relu6": ("hardtanh", (0.0, 6.0)), "hardtanh": ("hardtanh", ("min_val", "max_val")),
     "hardswish": ("hardswish", ()), "silu": ("swish", ()),
 }
+KERNELS = ("conv2d", "linear")  # kinds of layers that there are integer kernels for
 KERNEL_BITS = 8  # of the integers that kernels read and give: narrower ones are left to the simulation
 
 
@@ -48,18 +50,23 @@ def lower(captured: Captured, done: Lowered) -> None:
 
 @dataclass
 class _Lowering:
-    """`ints` has the integers of each value, with their grid; `floats` the same numbers as floats again; `replaced` are
-    the nodes whose place integers take."""
+    """`ints` has the integers of each value, with their grid; `floats` the same numbers as floats again; `stands` the
+    kernels that give floats, by the node in whose place they stand; `replaced` are the nodes whose place integers
+    take."""
 
     captured: Captured
     done: Lowered
     ints: dict[fx.Node, tuple[fx.Node, Grid]] = field(default_factory=dict)
     floats: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    stands: dict[fx.Node, fx.Node] = field(default_factory=dict)
     replaced: set[fx.Node] = field(default_factory=set)
 
     def run(self) -> None:
         graph = self.captured.graph
         products = [node for node in graph.nodes if role_of(node) == "product" and _on_weight(node)]
+        self.done.left |= {node.name: f"there is no integer kernel for {kind_of(node)}"
+                           for node in products if kind_of(node) not in KERNELS}
+        products = [node for node in products if kind_of(node) in KERNELS]
         ends = {region.end: region for region in (regions_of(products) if products else ())}
         rounded = quantizers_of(self.captured)
         for node in list(graph.nodes):
@@ -95,28 +102,39 @@ class _Lowering:
     def _emit(self, region: Region, gives: Grid | None, at: fx.Node) -> bool:
         """Put the kernel of `region` behind `at`, whose place it takes; False where what it reads is in floats."""
         product, (data, *_) = region.product, data_of(region.product)
-        if data not in self.ints or (region.other is not None and region.other not in self.ints):
+        if data not in self.ints or (gives and region.other is not None and region.other not in self.ints):
             self.done.left[product.name] = "what it reads isn't in integers"
             return False
         integers, reads = self.ints[data]
         inputs, after = [integers], After(gives)
         if region.other is not None:
-            other, adds = self.ints[region.other]
-            if gives is None:  # oneDNN adds floats to what it gives as floats
-                other, adds = self._float(region.other, other, adds), FLOATS
+            if gives is not None:
+                other, adds = self.ints[region.other]
+            else:  # oneDNN adds floats to what it gives as floats
+                rounded, adds = self.ints.get(region.other), FLOATS
+                other = self.stands.get(region.other, region.other) if rounded is None else self._float(
+                    region.other, *rounded)
             inputs, after = [integers, other], replace(after, adds=adds)
         if region.activation is not None:
             name, numbers = _activation(region.activation)
             after = replace(after, activation=name, numbers=numbers)
-        path = f"{path_of(product) or product.name}.integer"
-        made = self._call(_kernel(self.captured, product, reads, after), path, at, tuple(inputs), product)
+        made = self._call(_kernel(self.captured, product, reads, after), self._home(product), at, tuple(inputs),
+                          product)
         self.done.kernels[product.name] = made
         self.replaced.update(node for node in (product, region.add, region.activation) if node is not None)
         if gives is None:
             at.replace_all_uses_with(made)
+            self.stands[at] = made
         else:
             self._take(at, made, gives)
         return True
+
+    def _home(self, product: fx.Node) -> str:
+        """Where the kernel of `product` stands: in its layer's module, or beside it where there is none, or where
+        another call of the layer has its kernel there."""
+        path = path_of(product)
+        taken = not path or not is_there(self.captured, path) or is_there(self.captured, f"{path}.integer")
+        return f"{product.name}_integer" if taken else f"{path}.integer"
 
     def _pass(self, node: fx.Node) -> None:
         """Let an operator that only moves numbers move integers, where all that it reads are of one grid."""
@@ -167,8 +185,10 @@ class _Lowering:
             module = module_of(node)
             assert isinstance(module, IntConv2d | IntLinear)
             if len(node.args) > 1 and isinstance(other := node.args[1], fx.Node):
-                later = any(order[user] > order[node] for alias in _aliases(other) for user in alias.users)
-                module.after = replace(module.after, copies=later or other.op == "placeholder")
+                aliases = _aliases(other)
+                later = any(order[user] > order[node] for alias in aliases for user in alias.users)
+                lent = any(alias.op in ("placeholder", "get_attr") or kind_of(alias) == "expand" for alias in aliases)
+                module.after = replace(module.after, copies=later or lent)
 
     def _settle(self) -> None:
         """Each kernel takes the place of its layer's module, and what nothing reads any more goes: modules,
@@ -198,10 +218,15 @@ def _aliases(node: fx.Node) -> set[fx.Node]:
         node = stack.pop()
         if node not in found:
             found.add(node)
-            if role_of(node) == "passes" and node.op == "call_function":
-                stack += data_of(node)
-            stack += [user for user in node.users if role_of(user) == "passes" and user.op == "call_function"]
+            if _may_view(node):
+                stack += node.all_input_nodes
+            stack += [user for user in node.users if _may_view(user)]
     return found
+
+
+def _may_view(node: fx.Node) -> bool:
+    op = op_of(node)
+    return op is not None and (op.family in ("shape", "index") or op.name in ("to", "detach", "contiguous"))
 
 
 def _on_weight(node: fx.Node) -> Quantizer | None:

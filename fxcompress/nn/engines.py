@@ -142,8 +142,8 @@ def _onednn(layer: Product, packed: Tensor, product: Any, adding: Any,
 
     def add(q: Tensor, other: Tensor | None) -> Tensor:
         assert other is not None
-        if after.copies:
-            other = other.clone()
+        other = other.clone() if after.copies else other
+        other = other.detach()  # what is added may come from layers with parameters, and is written into
         if images:
             made = adding(q, *given, other.contiguous(memory_format=torch.channels_last), bias, *settings, *gives, *adds)
         else:

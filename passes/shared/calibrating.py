@@ -16,6 +16,7 @@ from fxcompress.graph.ops import kind_of, module_of, path_of
 from fxcompress.nn.observers import Observer
 from fxcompress.nn.quantizer import Quantizer
 from fxcompress.passbase import OBSERVERS
+from fxcompress.passes.shared.weights import of_parameters
 
 
 @dataclass
@@ -39,12 +40,7 @@ def quantizers_of(captured: Captured) -> dict[fx.Node, Quantizer]:
     """The calls of quantizers on values, those on weights left out."""
     return {node: module for node in captured.graph.nodes if kind_of(node) == "quantizer"
             and isinstance(module := module_of(node), Quantizer) and module.axis is None
-            and not _reads_weight(node)}
-
-
-def _reads_weight(node: fx.Node) -> bool:
-    source = node.args[0]
-    return isinstance(source, fx.Node) and (source.op == "get_attr" or kind_of(source) == "mask")
+            and not of_parameters(node.args[0])}
 
 
 @contextmanager

@@ -18,8 +18,8 @@ from fxcompress.nn.scheme import Scheme
 from fxcompress.passes.shared.calibrating import calibrate, observer_of
 from fxcompress.passes.shared.fold_norms import fold
 from fxcompress.passes.shared.integer import Grids, Region, regions_of, role_of
-from fxcompress.passes.shared.masking import parameter_of
-from fxcompress.passes.shared.weights import expose, unexposable
+from fxcompress.passes.shared.normalizing import channels_of, few, normalize, weight_name
+from fxcompress.passes.shared.weights import expose
 from fxcompress.policy.values import Call
 
 _SAFE_BITS = 7  # of activations, where two products of bytes don't fit 16 bits
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 def quantize(settings: Quantize, captured: Captured, site: Site) -> Outcome:
     """Quantize the layers of `site`; see `Quantize.rewrite`."""
-    notes: list[str] = []
-    products = [node for node in site.nodes if _can(node, notes)]
+    normal = normalize(settings, captured, site)
+    products, notes = normal.products, normal.lines()
     if not products:
         raise PlanError([Diagnostic("FXC0370", "nothing selected can be quantized",
                                     Label(site.span) if site.span is not None else None, notes=tuple(notes[:8]),
@@ -56,18 +56,6 @@ def quantize(settings: Quantize, captured: Captured, site: Site) -> Outcome:
     return Outcome(tuple(changes), (*notes, *_breaks(regions, grids)), unknown=unknown)
 
 
-def _can(node: fx.Node, notes: list[str]) -> bool:
-    name = parameter_of(node, "weight")
-    why = None
-    if name is None:
-        why = "its weight is computed, or is quantized already"
-    elif node.op == "call_module":
-        why = unexposable(node)
-    if why is not None:
-        notes.append(f"{path_of(node)} stays in float: {why}")
-    return why is None
-
-
 def _bits(settings: Quantize) -> int:
     return settings.bits if settings.bits is not None else _SAFE_BITS if saturates() else 8
 
@@ -80,19 +68,18 @@ def _spec(spec: str | Call) -> tuple[str, tuple[float, ...]]:
 def _weight(settings: Quantize, captured: Captured, site: Site, node: fx.Node) -> Change:
     """A quantizer on the weight; its range is that of the values it has now."""
     source = expose(captured, node)
-    name = parameter_of(node, "weight")
-    assert name is not None
-    weight = captured.module.get_parameter(name)
-    each = settings.granularity == "per_channel"
-    rows = weight.shape[0] if each else 1
+    name = weight_name(node)
+    weight = evaluated(captured.module, source)
+    axis = channels_of(node) if settings.granularity == "per_channel" else None
+    rows = 1 if axis is None else weight.shape[axis]
     scheme = Scheme(settings.weight_bits, signed=True, symmetric=True, narrow=True)
-    quantizer = Quantizer(scheme, rows, 0 if each else None, *_spec(settings.weight_observer), device=weight.device)
+    quantizer = Quantizer(scheme, rows, axis, *_spec(settings.weight_observer), device=weight.device)
     if captured.concrete:
         observer = observer_of(quantizer)
-        observer.update(quantizer.in_rows(evaluated(captured.module, source)))
+        observer.update(quantizer.in_rows(weight))
         quantizer.cover(*observer.range(scheme))
     path = f"{name}_quantizer"
-    _put(captured, path, quantizer)
+    _put(captured, path, quantizer)  # for a layer that is called twice the second is the same
     with captured.graph.inserting_before(node):
         call = captured.graph.call_module(path, (source,))
     call.meta["path"] = path_of(node)
@@ -128,7 +115,8 @@ def _readers(grids: Grids) -> set[fx.Node]:
     found: set[fx.Node] = set()
     stack: list[fx.Node] = []
     for region in grids.regions:
-        stack += [node for node in (region.product, region.add) if node is not None]
+        stack += [region.product] if region.add is None or region.end not in grids.sources else [
+            region.product, region.add]
     while stack:
         node = stack.pop()
         if node in found:
@@ -158,5 +146,5 @@ def _breaks(regions: list[Region], grids: Grids) -> list[str]:
     for source in grids.sources:
         if source not in ends and source.op != "placeholder":
             found.setdefault(kind_of(source), []).append(path_of(source) or source.name)
-    return [f"integers begin anew behind {len(paths)} {kind} ({', '.join(paths[:3])}{' ...' if len(paths) > 3 else ''}"
-            "), which computes in float" for kind, paths in found.items()]
+    return [f"integers begin anew behind {len(paths)} {kind} ({few(paths)}), which computes in float"
+            for kind, paths in found.items()]
