@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..diagnostics import Diagnostic, PlanError
 from .libraries import need
 
 Run = Callable[[Sequence[Tensor]], list[Tensor]]
@@ -17,14 +18,18 @@ _QUIET = 3  # ONNX Runtime's level of errors: its warnings speak of what its own
 
 
 def onnxruntime(path: str | os.PathLike[str]) -> Run:
-    """Run an ONNX file by ONNX Runtime on the CPU. Raises PlanError (FXC0640) without it."""
+    """Run an ONNX file by ONNX Runtime on the CPU. Raises PlanError: FXC0640 without it, FXC0646 for a file that it
+    can't run."""
     need("onnxruntime")
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
     options.log_severity_level = _QUIET
-    session = ort.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+    try:
+        session = ort.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+    except _errors_of(ort.capi.onnxruntime_pybind11_state) as error:
+        raise _refused("ONNX Runtime", error) from error
     names = [entry.name for entry in session.get_inputs()]
 
     def run(inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -35,15 +40,18 @@ def onnxruntime(path: str | os.PathLike[str]) -> Run:
 
 
 def openvino(path: str | os.PathLike[str]) -> Run:
-    """Run an OpenVINO model (or an ONNX file) on the CPU, in float32 where it isn't in integers. Raises PlanError
-    (FXC0640) without it."""
+    """Run an OpenVINO model (or an ONNX file) on the CPU, in float32 where it isn't in integers. Raises PlanError as
+    `onnxruntime` does."""
     need("openvino")
     from openvino import Core
 
     core = Core()
-    compiled = core.compile_model(core.read_model(os.fspath(path)), "CPU", {
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(), "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "f32"})
+    try:
+        compiled = core.compile_model(core.read_model(os.fspath(path)), "CPU", {
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(), "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": "f32"})
+    except RuntimeError as error:
+        raise _refused("OpenVINO", error) from error
     request = compiled.create_infer_request()
     count = len(compiled.outputs)
 
@@ -52,6 +60,17 @@ def openvino(path: str | os.PathLike[str]) -> Run:
         return [torch.from_numpy(np.array(request.get_output_tensor(place).data)) for place in range(count)]
 
     return run
+
+
+def _errors_of(library: Any) -> tuple[type[Exception], ...]:
+    """The exceptions that a C library defines; they have no common base."""
+    return tuple(value for value in vars(library).values() if isinstance(value, type) and issubclass(value, Exception))
+
+
+def _refused(name: str, error: Exception) -> PlanError:
+    words = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return PlanError([Diagnostic("FXC0646", f"{name} can't run this file", notes=tuple(words[:3]),
+                                 help="take the file from its source again, or export it anew")])
 
 
 def _array(tensor: Tensor) -> Any:
