@@ -20,7 +20,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from ..nn.integer import After, Grid, IntConv2d, IntLinear
-from ..nn.moving import IntMaxPool2d, IntMean, Interleave, ToFloat, ToInteger
+from ..nn.moving import Interleave, IntMaxPool2d, IntMean, ToFloat, ToInteger
+from ..nn.quantizer import Quantizer
 
 _TOP = 255  # of uint8
 _INT32 = 2**31 - 1
@@ -39,7 +40,7 @@ def in_floats(module: fx.GraphModule) -> fx.GraphModule:
     for node in list(made.graph.nodes):
         reads = next((grids[source] for source in node.all_input_nodes if source in grids), None)
         kernel = module.get_submodule(str(node.target)) if node.op == "call_module" else None
-        rule = RULES.get(type(kernel))
+        rule = RULES.get(getattr(kernel, "fxc_kind", ""))
         if rule is not None:
             floats, gives = rule(kernel, reads, len(node.meta["fxc"].shape))
             _put(made, node, floats, calls)
@@ -69,7 +70,7 @@ def _move(root: fx.GraphModule, node: fx.Node, grid: Grid, grids: dict[fx.Node, 
         grids[node] = grid
     elif dtype == torch.uint8:  # not a size
         path = f"{node.name}_gives"
-        root.add_module(path, Rounded(grid, clips=False).eval())
+        root.add_module(path, _rounded(grid, clips=False).eval())
         with root.graph.inserting_after(node):
             rounded = root.graph.call_module(path, (node,))
         rounded.meta.update(node.meta)
@@ -84,27 +85,48 @@ def _onnx(operator: str, *inputs: Tensor | None, like: Tensor, dtype: torch.dtyp
 
 
 class Rounded(nn.Module):
-    """Floats rounded to a grid, and floats again."""
+    """Floats rounded to integers of 8 bits or fewer, and floats again: with one scale, or one for each index of
+    `axis`."""
 
     scale: Tensor
     zero_point: Tensor
-    top: Tensor
+    low: Tensor
+    high: Tensor
 
-    def __init__(self, grid: Grid, clips: bool = True) -> None:
-        """`clips` is off where no value can lie above the grid."""
+    def __init__(self, scale: Tensor, zero_point: Tensor, low: int, high: int, axis: int | None = None) -> None:
+        """`scale` and `zero_point` are numbers, or vectors with an `axis`; integers are kept between `low` and `high`,
+        and are of int8 where `low` is negative."""
         super().__init__()
-        self.clips = clips and grid.high < _TOP
-        self.register_buffer("scale", torch.tensor(grid.scale, dtype=torch.float32))
-        self.register_buffer("zero_point", torch.tensor(grid.zero_point, dtype=torch.uint8))
+        self.axis, self.dtype = axis, torch.int8 if low < 0 else torch.uint8
+        whole = torch.iinfo(self.dtype)
+        self.clips = (low, high) != (whole.min, whole.max)
+        self.register_buffer("scale", scale.to(torch.float32))
+        self.register_buffer("zero_point", zero_point.to(self.dtype))
         if self.clips:
-            self.register_buffer("top", torch.tensor(grid.high, dtype=torch.uint8))
+            self.register_buffer("low", torch.tensor(low, dtype=self.dtype))
+            self.register_buffer("high", torch.tensor(high, dtype=self.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """float32, of the shape of `x`."""
-        q = _onnx("QuantizeLinear", x, self.scale, self.zero_point, like=x, dtype=torch.uint8)
+        axis = {} if self.axis is None else {"axis": self.axis}
+        q = _onnx("QuantizeLinear", x, self.scale, self.zero_point, like=x, dtype=self.dtype, **axis)
         if self.clips:
-            q = _onnx("Clip", q, None, self.top, like=x, dtype=torch.uint8)
-        return _onnx("DequantizeLinear", q, self.scale, self.zero_point, like=x, dtype=torch.float32)
+            q = _onnx("Clip", q, self.low, self.high, like=x, dtype=self.dtype)
+        return _onnx("DequantizeLinear", q, self.scale, self.zero_point, like=x, dtype=torch.float32, **axis)
+
+
+def _rounded(grid: Grid, clips: bool = True) -> Rounded:
+    """Rounds to `grid`; `clips` is off where no value can lie above it."""
+    return Rounded(torch.tensor(grid.scale), torch.tensor(grid.zero_point), grid.low, grid.high if clips else _TOP)
+
+
+def _quantizer(module: nn.Module) -> nn.Module:
+    """A quantizer that has stayed in the graph, of a layer without a kernel."""
+    if not isinstance(module, Quantizer) or not module.on:
+        return module
+    scheme, each = module.scheme, module.axis is not None
+    scale, zero_point = (part if each else part.reshape(()) for part in (module.scale, module.zero_point))
+    return Rounded(scale, zero_point, scheme.low, scheme.high, module.axis)
 
 
 class Dequantized(nn.Module):
@@ -136,8 +158,8 @@ class _Product(nn.Module):
         self.activation, self.numbers = after.activation, after.numbers
         if after.gives is not None:
             if _subsumed(after, after.gives):
-                self.activation = "none"
-            self.gives = Rounded(after.gives)
+                self.activation, self.numbers = "none", ()
+            self.gives = _rounded(after.gives)
         self.rounds = after.gives is not None
 
     def finish(self, made: Tensor, other: Tensor | None) -> Tensor:
@@ -233,7 +255,7 @@ class MaxPool2d(nn.Module):
         """Reads images on `grid`."""
         super().__init__()
         self.settings = (kernel.kernel_size, kernel.stride, kernel.padding, kernel.dilation, kernel.ceil_mode)
-        self.gives = Rounded(grid, clips=False)
+        self.gives = _rounded(grid, clips=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """float32 [N, C, H', W']."""
@@ -258,7 +280,7 @@ class Interleaved(nn.Module):
     def __init__(self, grid: Grid) -> None:
         """Reads images on `grid`."""
         super().__init__()
-        self.gives = Rounded(grid, clips=False)
+        self.gives = _rounded(grid, clips=False)
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         """float32 [N, 2C, H, W]."""
@@ -269,12 +291,13 @@ class Interleaved(nn.Module):
 # gives; and the grid of what it gives.
 Rule = Callable[[Any, Grid | None, int], tuple[nn.Module, Grid | None]]
 
-RULES: Mapping[type[Any], Rule] = {
-    ToInteger: lambda module, reads, rank: (Rounded(module.gives), module.gives),
-    ToFloat: lambda module, reads, rank: (nn.Identity(), None),
-    IntConv2d: lambda module, reads, rank: (Conv2d(module), module.after.gives),
-    IntLinear: lambda module, reads, rank: (Linear(module, rank), module.after.gives),
-    IntMaxPool2d: lambda module, reads, rank: (MaxPool2d(module, reads), reads),
-    IntMean: lambda module, reads, rank: (Mean(module.keepdim), None),
-    Interleave: lambda module, reads, rank: (Interleaved(reads), reads),
+RULES: Mapping[str, Rule] = {
+    ToInteger.fxc_kind: lambda module, reads, rank: (_rounded(module.gives), module.gives),
+    ToFloat.fxc_kind: lambda module, reads, rank: (nn.Identity(), None),
+    IntConv2d.fxc_kind: lambda module, reads, rank: (Conv2d(module), module.after.gives),
+    IntLinear.fxc_kind: lambda module, reads, rank: (Linear(module, rank), module.after.gives),
+    IntMaxPool2d.fxc_kind: lambda module, reads, rank: (MaxPool2d(module, reads), reads),
+    IntMean.fxc_kind: lambda module, reads, rank: (Mean(module.keepdim), None),
+    Interleave.fxc_kind: lambda module, reads, rank: (Interleaved(reads), reads),
+    Quantizer.fxc_kind: lambda module, reads, rank: (_quantizer(module), None),
 }
