@@ -131,11 +131,14 @@ def compile(policy: Policy, model: Spec,
 
 @app.command()
 def inspect(directory: Annotated[Path, typer.Argument(metavar="DIR", help="An artifact.")],
-            format: Annotated[Layout, typer.Option()] = Layout.TEXT) -> None:
+            format: Annotated[Layout, typer.Option()] = Layout.TEXT,
+            plots: Annotated[Path | None,
+                             typer.Option(metavar="FOLDER", help="Draw how its layers are quantized, as PNG and "
+                                          "SVG.")] = None) -> None:
     """Show the report of an artifact."""
     from . import commands
 
-    raise typer.Exit(commands.inspect(directory, format.value))
+    raise typer.Exit(commands.inspect(directory, format.value, plots))
 
 
 @app.command()

@@ -229,7 +229,7 @@ def test_a_selection_leaves_the_rest_in_float() -> None:
     model, x = Branches().eval(), noise(4, 3, 4, 4)
     result, small = deployed(model, x, "policy some { quantize linear }")
     found = kinds(small)
-    assert (found.count("int_linear"), found.count("conv2d"), found.count("to_integer")) == (1, 4, 1)
+    assert (found.count("int_linear"), found.count("packed_conv2d"), found.count("to_integer")) == (1, 4, 1)
     assert apart(small(x), result.module.eval()(x)) < 1e-5
 
 

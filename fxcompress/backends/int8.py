@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import fx, nn
@@ -14,7 +13,6 @@ from ..graph.interpret import evaluated
 from ..graph.ops import arguments, kind_of, module_of, op_of, path_of
 from ..graph.propagate import drop_dead
 from ..graph.provenance import inherit
-from ..graph.tree import named_tensors
 from ..nn.affine import quantize
 from ..nn.integer import FLOATS, After, Grid, IntConv2d, IntLinear
 from ..nn.moving import Interleave, ToFloat, ToInteger
@@ -23,23 +21,21 @@ from ..passes.shared.calibrating import quantizers_of
 from ..passes.shared.integer import Region, data_of, regions_of, role_of
 from ..passes.shared.masking import is_there
 from .int8_moves import READS_SIZES, interleaved, max_pool, mean, pair
+from .post_ops import post_op
+from .settling import settle
 
-# Activation -> oneDNN's name for it, and its numbers, or the arguments that hold them.
-ACTIVATIONS: Mapping[str, tuple[str, tuple[str | float, ...]]] = {
-    "relu": ("relu", ()), "relu6": ("hardtanh", (0.0, 6.0)), "hardtanh": ("hardtanh", ("min_val", "max_val")),
-    "hardswish": ("hardswish", ()), "silu": ("swish", ()),
-}
 KERNELS = ("conv2d", "linear")  # kinds of layers that there are integer kernels for
 KERNEL_BITS = 8  # of the integers that kernels read and give: narrower ones are left to the simulation
 
 
 @dataclass
 class Lowered:
-    """What `lower` did: `kernels` has the new nodes by the name of the layer's node; `left` says of each quantized
-    layer that stays in float why."""
+    """What `lower` did: `kernels` has the new nodes by the name of the layer's node, `chosen` why it is this kernel;
+    `left` says of each quantized layer that stays in float why."""
 
     kernels: dict[str, fx.Node] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
+    chosen: dict[str, str] = field(default_factory=dict)
 
 
 def lower(captured: Captured, done: Lowered) -> None:
@@ -84,7 +80,7 @@ class _Lowering:
                 user.replace_input_with(node, integers if sized else self._float(node, integers, grid))
         drop_dead(graph)
         self._keep_apart()
-        self._settle()
+        settle(self.captured, self.done.kernels.values())
 
     def _round(self, node: fx.Node, quantizer: Quantizer, ends: Mapping[fx.Node, Region]) -> None:
         """Integers for what a quantizer rounds: of the kernel in front of it, or of floats."""
@@ -115,9 +111,8 @@ class _Lowering:
                 other = self.stands.get(region.other, region.other) if rounded is None else self._float(
                     region.other, *rounded)
             inputs, after = [integers, other], replace(after, adds=adds)
-        if region.activation is not None:
-            name, numbers = _activation(region.activation)
-            after = replace(after, activation=name, numbers=numbers)
+        activation, numbers = post_op(region.activation)
+        after = replace(after, activation=activation, numbers=numbers)
         made = self._call(_kernel(self.captured, product, reads, after), self._home(product), at, tuple(inputs),
                           product)
         self.done.kernels[product.name] = made
@@ -191,25 +186,6 @@ class _Lowering:
                 lent = any(alias.op in ("placeholder", "get_attr") or kind_of(alias) == "expand" for alias in aliases)
                 module.after = replace(module.after, copies=later or lent or node.args[0] in aliases)
 
-    def _settle(self) -> None:
-        """Each kernel takes the place of its layer's module, and what nothing reads any more goes: modules,
-        parameters and buffers of those that stay."""
-        root, graph = self.captured.module, self.captured.graph
-        users = [str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")]
-        for node in self.done.kernels.values():
-            path = str(node.target).removesuffix(".integer")
-            if not any(target == path or (target.startswith(f"{path}.") and target != node.target) for target in users):
-                owner, _, leaf = path.rpartition(".")
-                setattr(root.get_submodule(owner), leaf, module_of(node))
-                node.target = path
-        root.delete_all_unused_submodules()
-        called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
-        read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
-        for name in named_tensors(root).all:
-            path, _, leaf = name.rpartition(".")
-            if name not in read and not any(path == at or path.startswith(f"{at}.") for at in called):
-                delattr(root.get_submodule(path), leaf)
-
 
 def _aliases(node: fx.Node) -> set[fx.Node]:
     """The nodes whose values may share memory with that of `node`: views of it, and what it is a view of."""
@@ -235,12 +211,6 @@ def _on_weight(node: fx.Node) -> Quantizer | None:
     weight = arguments(node).get("weight")
     found = module_of(weight) if isinstance(weight, fx.Node) and weight.op == "call_module" else None
     return found if isinstance(found, Quantizer) and found.on and found.scheme.bits <= KERNEL_BITS else None
-
-
-def _activation(node: fx.Node) -> tuple[str, tuple[float, ...]]:
-    name, numbers = ACTIVATIONS[kind_of(node)]
-    values = arguments(node)
-    return name, tuple(float(values[each]) if isinstance(each, str) else each for each in numbers)
 
 
 def _kernel(captured: Captured, node: fx.Node, reads: Grid, after: After) -> IntConv2d | IntLinear:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, overload
 
@@ -29,6 +30,7 @@ from .follow import Followers
 from .integers import is_quantized
 from .log import Entry, follows, other_graph
 from .measure import Baseline, Measuring
+from .progress import Progress, watcher
 from .report import report, table
 from .rewind import INITIAL, Snapshots, rewind_times
 from .schedule import Schedule
@@ -105,9 +107,10 @@ class Result:
         self._snapshots.look(self.clock)
         self._training.tick()
 
-    def calibrate(self, batches: object) -> None:
+    def calibrate(self, batches: object, progress: Progress = False) -> None:
         """Give every quantizer its range from `batches`, as `calibration` of `compile` does; ranges that are there are
-        found anew.
+        found anew. `progress=True` draws a bar on a terminal (stderr; nothing elsewhere); a function is called with
+        (batches done, how many there are or None) behind each batch.
 
         Raises PlanError: FXC0570 for batches that don't fit, FXC0571 where a layer gives no finite number, FXC0574
         where nothing is quantized.
@@ -116,7 +119,7 @@ class Result:
         if not is_quantized(self.captured):
             raise PlanError([Diagnostic("FXC0574", "there is nothing to calibrate: no layer is quantized now",
                                         help="calibrate once the phase has begun that quantizes")])
-        calibrate(self.captured, data)
+        calibrate(self.captured, replace(data, watch=watcher(progress)))
         self._executor.calibration = data
 
     def follow(self, optimizer: Optimizer) -> Optimizer:

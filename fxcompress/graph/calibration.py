@@ -10,7 +10,7 @@ nodes that are watched. Nothing of it changes: not its mode, not its running sta
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -67,14 +67,16 @@ class Moments:
             setattr(self, name, old + (total.cpu() / count - old) * (count / self.count))
 
 
+Watch = Callable[[Iterable[object]], Iterable[object]]  # lets batches through, and tells someone
 Place = tuple[fx.Node, int]  # a node whose value is a tensor, and the dimension of its channels
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Batches that can be run through over and over. Use `of`."""
+    """Batches that can be run through over and over. Use `of`. What runs through them goes by `watch`."""
 
     batches: Iterable[object]
+    watch: Watch | None = None
 
     @classmethod
     def of(cls, batches: object, captured: Captured) -> Calibration:
@@ -116,7 +118,7 @@ class Calibration:
         device = device_of(captured.module, captured.example)
         run = fx.Interpreter(captured.module)
         with evaluating(captured.module):
-            for number, batch in enumerate(self.batches, 1):
+            for number, batch in enumerate(self.batches if self.watch is None else self.watch(self.batches), 1):
                 inputs = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf,
                                   inputs_of(captured, batch, number))
                 for node, value in _guarded(run, inputs, wanted, number):

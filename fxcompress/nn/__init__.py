@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from .cuda import CudaInt8Linear as CudaInt8Linear
+from .cuda import Sparse24Linear as Sparse24Linear
+from .cuda import ToInt8 as ToInt8
+from .cuda_weights import CudaInt4Linear as CudaInt4Linear
+from .cuda_weights import CudaInt8WeightLinear as CudaInt8WeightLinear
 from .integer import IntConv2d as IntConv2d
 from .integer import IntLinear as IntLinear
 from .mask import Mask as Mask
@@ -11,5 +16,6 @@ from .moving import IntMaxPool2d as IntMaxPool2d
 from .moving import IntMean as IntMean
 from .moving import ToFloat as ToFloat
 from .moving import ToInteger as ToInteger
+from .packed import PackedConv2d as PackedConv2d
 from .quantizer import Quantizer as Quantizer
 from .reorder import Reorder as Reorder
