@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .diagnostics import RewriteError as RewriteError
     from .engine import Result as Result
     from .engine import compile as compile
+    from .engine import export as export
     from .graph import Captured as Captured
     from .graph import capture as capture
     from .nn.affine import dequantize as dequantize
@@ -58,7 +59,7 @@ _HOMES = {
     "passes.shared.scores": ("register_score",),
     "graph": ("Captured", "capture"),
     "plan": ("Plan",),
-    "engine": ("Result", "compile"),
+    "engine": ("Result", "compile", "export"),
     "backends": ("load", "save"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

@@ -13,10 +13,12 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, cast
 
 from . import inspect as inspection
-from .backends import save
+from .backends import load, save
+from .backends.export import FormatName
+from .backends.export import export as export_module
 from .diagnostics import Diagnostic, FxcError, PlanError
 from .engine import Result
 from .engine import compile as compile_policy
@@ -142,6 +144,17 @@ def inspect(directory: Path, format: str = "text", plots: Path | None = None) ->
         return 0
     report = inspection.report(directory)
     return _print(report.show(), report.to_json(), format)
+
+
+@_reporting
+def export(directory: Path, output: Path, format: str | None = None) -> int:
+    """Write the artifact in `directory` to `output`: as `onnx`, `openvino` or `pt2`, by its suffix or `format`."""
+    found = export_module(load(directory), output, cast(FormatName | None, format))
+    for note in found.notes:
+        print(f"note: {note}", file=sys.stderr)
+    held = "" if found.gap is None else f", within {found.gap:.2g} of the artifact"
+    print(f"{found.format} in {found.path}{held}")
+    return 0
 
 
 @_reporting

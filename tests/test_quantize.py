@@ -336,3 +336,23 @@ def test_refusals() -> None:
     twice = Quantize().apply(fxcompress.capture(model, x), "linear")
     with pytest.raises(PlanError, match="FXC0370"):
         Quantize().apply(twice, "linear")
+
+
+class Around(nn.Module):
+    """A residual around one convolution: what is added is what is multiplied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x))
+        return self.third(F.relu(x + self.second(x)))
+
+
+def test_a_sum_isnt_written_into_what_is_still_multiplied() -> None:
+    torch.manual_seed(0)
+    x = noise(4, 3, 16, 16)
+    result, module = deployed(Around().eval(), x)
+    with torch.no_grad():
+        assert apart(module(x), result.module.eval()(x)) < 1e-3

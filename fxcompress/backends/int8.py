@@ -179,7 +179,8 @@ class _Lowering:
         return node
 
     def _keep_apart(self) -> None:
-        """A kernel writes its sum into what it adds: it gets a copy where that is read again later."""
+        """A kernel writes its sum into what it adds: it gets a copy where that is read again later, or
+        is what it multiplies."""
         order = {node: place for place, node in enumerate(self.captured.graph.nodes)}
         for node in self.done.kernels.values():
             module = module_of(node)
@@ -188,7 +189,7 @@ class _Lowering:
                 aliases = _aliases(other)
                 later = any(order[user] > order[node] for alias in aliases for user in alias.users)
                 lent = any(alias.op in ("placeholder", "get_attr") or kind_of(alias) == "expand" for alias in aliases)
-                module.after = replace(module.after, copies=later or lent)
+                module.after = replace(module.after, copies=later or lent or node.args[0] in aliases)
 
 
 def _aliases(node: fx.Node) -> set[fx.Node]:
