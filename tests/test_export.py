@@ -141,7 +141,7 @@ def test_extremes_equal_exact_arithmetic(tmp_path: Path) -> None:
         model[0].weight.copy_(weight)
     x = torch.where(noise(2, 64, 8, 8) < 1.5, 127.0, 0.0)
     policy = "policy p { quantize conv2d { bits = 7 bits, observer = minmax } }"
-    result, module = deployed(model, x, policy)
+    _, module = deployed(model, x, policy)
     kernel = module.get_submodule("0")
     grid = kernel.reads
     path = fxcompress.export(module, tmp_path / "conv.onnx").path
@@ -200,7 +200,8 @@ def test_inputs_and_results_by_name(tmp_path: Path) -> None:
     assert torch.allclose(total, expected["found"][1], atol=1e-6)
 
 
-def test_a_result_an_artifact_and_the_command_write_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_result_an_artifact_and_the_command_write_the_same(tmp_path: Path,
+                                                             capsys: pytest.CaptureFixture[str]) -> None:
     x = noise(4, 3, 16, 16)
     result, module = deployed(Net(), x)
     fxcompress.save(module, tmp_path / "artifact")

@@ -18,6 +18,7 @@ from ..graph.interpret import evaluating
 from ..graph.timing import latencies
 from ..graph.trace_errors import RAISED_BY_MODELS
 from .auto_saved import read, write
+from .compiled import Frozen
 from .libraries import need
 from .onnx_file import write_onnx
 from .openvino_file import convert
@@ -129,13 +130,11 @@ class Deployed(nn.Module):
 
 
 def _eager(module: fx.GraphModule) -> Callable[..., Any]:
-    return lambda *args, **kwargs: module(*args, **kwargs)  # not the module: `Deployed` has it once already
+    return module.__call__  # not the module: `Deployed` has it once already
 
 
 def _compiled(module: fx.GraphModule) -> Callable[..., Any]:
-    """By Inductor, with weights as constants, so that they are packed once."""
-    made: Any = torch.compile(module, options={"freezing": True})
-    return lambda *args, **kwargs: made(*args, **kwargs)
+    return Frozen(module._call_impl)
 
 
 _COMPILE: Mapping[str, Callable[[fx.GraphModule], Callable[..., Any]]] = {"eager": _eager, "compiled": _compiled}

@@ -205,8 +205,8 @@ class Conv2d(_Product):
 
 
 class Linear(_Product):
-    """`IntLinear` in floats. Rows [N, in] go through ONNX's Gemm, which takes a bias of integers; others through MatMul,
-    whose weights lie the other way."""
+    """`IntLinear` in floats. Rows [N, in] go through ONNX's Gemm, which takes a bias of integers; others through
+    MatMul, whose weights lie the other way."""
 
     def __init__(self, kernel: IntLinear, rank: int) -> None:
         """Reads tensors of `rank` dimensions."""

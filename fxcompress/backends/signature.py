@@ -41,8 +41,8 @@ class Signature:
 
     @staticmethod
     def of(module: fx.GraphModule) -> Signature:
-        """Read off `module`, whose nodes have their facts. Raises PlanError (FXC0641) for an input that is no tensor and
-        has no default, and for a result that holds something else than tensors and constants."""
+        """Read off `module`, whose nodes have their facts. Raises PlanError (FXC0641) for an input that is no tensor
+        and has no default, and for a result that holds something else than tensors and constants."""
         inputs = {}
         for node in module.graph.nodes:
             if node.op == "placeholder":
@@ -90,7 +90,8 @@ def flatten_inputs(module: fx.GraphModule) -> None:
         if not isinstance(node.meta["fxc"].dtype, torch.dtype):
             default = node.args[0]
             for user in list(node.users):
-                given = fx.map_arg((user.args, user.kwargs), lambda arg, at=node, new=default: new if arg is at else arg)
+                given = fx.map_arg((user.args, user.kwargs),
+                                   lambda arg, at=node, new=default: new if arg is at else arg)
                 user.args, user.kwargs = given
             module.graph.erase_node(node)
         node.args = ()
