@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from fxcompress.diagnostics import Diagnostic, PolicyError
 from fxcompress.passbase import Facet, Pass, param
 from fxcompress.policy.types import Bits, Boolean, CallOf, Choice, OneOf, Percent, Registered
 from fxcompress.policy.values import Call
@@ -38,6 +39,22 @@ class Quantize(Pass):
     weight_observer: str | Call = param(
         OneOf((Registered("OBSERVERS"), CallOf("percentile", (Percent(),)))),
         "how the range of a weight is found in its values", "minmax")
+    equalize: bool = param(Boolean(), "scale the channels between two layers, so that none wastes the range it shares "
+                           "with others", False)
+    smooth: float = param(Percent(), "how much of the outliers of what linear layers read behind a norm goes over into "
+                          "their weights: 50% is usual", 0.0)
+    adaround: bool = param(Boolean(), "learn on calibration data which weights are rounded up, and which down", False)
+    gptq: bool = param(Boolean(), "round weights one input after the other, so that those to come make up for the error "
+                       "on calibration data", False)
+    correct_bias: bool = param(Boolean(), "take off biases what rounding shifts means by, on calibration data", False)
+    mixed: float = param(Percent(), "the share of the selected layers' multiply-accumulates that may stay in float: the "
+                         "layers that lose the most by rounding, each tried on calibration data", 0.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.adaround and self.gptq:
+            raise PolicyError([Diagnostic("FXC0375", "`adaround` and `gptq` both decide how weights are rounded",
+                                          help="choose one: `gptq` for linear layers, `adaround` for convolutions")])
 
     def rewrite(self, graph: Captured, site: Site) -> Outcome:
         """Fold, fuse and insert the quantizers. Raises PlanError: FXC0370 where nothing selected can be quantized."""

@@ -19,6 +19,7 @@ from ..graph.timing import TOLERANCE, latency
 from ..graph.verify import Before, verify
 from ..passes.shared.inference import bake_evaluation
 from ..passes.shared.masking import remove_masks
+from ..passes.shared.recovery_mixed import drop_left
 from ..plan.budgets import judge
 from ..plan.model import Totals
 from ..plan.totals import totals_of
@@ -48,6 +49,11 @@ def take_training_off(captured: Captured) -> None:
     """Remove what only acts in training (dropout, stochastic depth, switches of the mode), in place and verified."""
     _rewritten(captured, bake_evaluation,
                Origin("finalize", "python", "result.finalize()", "(end)", "reads past a dropout"))
+
+
+def leave_in_float(captured: Captured) -> None:
+    """Take out the quantizers of layers that stay in float (`mixed`), in place and verified."""
+    _rewritten(captured, drop_left, Origin("finalize", "python", "result.finalize()", "(end)", "stays in float"))
 
 
 def _rewritten(captured: Captured, rewrite: Callable[[Captured], Iterable[fx.Node]], origin: Origin) -> None:
@@ -85,6 +91,7 @@ def finish(captured: Captured, policy: Policy, baseline: Baseline, lets: Mapping
     final = captured.copy()
     take_masks_off(final, fold=True)
     take_training_off(final)
+    leave_in_float(final)
     final.module.zero_grad(set_to_none=True)
     final.module.eval()
     final = replace(final, module=final.module.to(target), example=_moved(final.example, target))

@@ -18,6 +18,7 @@ from fxcompress.nn.scheme import Scheme
 from fxcompress.passes.shared.calibrating import calibrate, observer_of
 from fxcompress.passes.shared.fold_norms import fold
 from fxcompress.passes.shared.integer import Grids, Region, regions_of, role_of
+from fxcompress.passes.shared.preparing import prepare
 from fxcompress.passes.shared.normalizing import channels_of, few, normalize, weight_name
 from fxcompress.passes.shared.weights import expose
 from fxcompress.policy.values import Call
@@ -39,6 +40,7 @@ def quantize(settings: Quantize, captured: Captured, site: Site) -> Outcome:
     there = set(captured.graph.nodes)
     for node, norm in fold(captured, products):
         touch(node, settings, site, f"the batch norm {norm} folded into its weight", was=(norm.replace(".", "_"),))
+    prepare(settings, captured, products)
     regions = regions_of(products)
     grids = Grids(regions)
     changes = [_weight(settings, captured, site, node) for node in products]
@@ -51,7 +53,7 @@ def quantize(settings: Quantize, captured: Captured, site: Site) -> Outcome:
         notes.append(f"values in {_SAFE_BITS} bits: this CPU has no VNNI instructions, its products of bytes saturate")
     unknown: tuple[str, ...] = ("the ranges of what layers read and give",)
     if captured.concrete and site.calibration is not None:
-        calibrate(captured, site.calibration)
+        notes += calibrate(captured, site.calibration)
         unknown = ()
     return Outcome(tuple(changes), (*notes, *_breaks(regions, grids)), unknown=unknown)
 
