@@ -120,7 +120,7 @@ class Result:
         if not is_quantized(self.captured):
             raise PlanError([Diagnostic("FXC0574", "there is nothing to calibrate: no layer is quantized now",
                                         help="calibrate once the phase has begun that quantizes")])
-        calibrate(self.captured, replace(data, watch=watcher(progress)))
+        self._notes += calibrate(self.captured, replace(data, watch=watcher(progress)))
         self._executor.calibration = data
 
     def follow(self, optimizer: Optimizer) -> Optimizer:

@@ -121,7 +121,7 @@ def _fold(captured: Captured, node: fx.Node, norm: fx.Node) -> None:
     weight = captured.module.get_parameter(name)
     with torch.no_grad():
         scale, shift = _Norm.of(captured, norm).scale_and_shift()
-        bias = _bias(captured, node, weight)
+        bias = own_bias(captured, node, weight)
         bias.copy_((bias.double() * scale + shift).to(bias.dtype))
         weight.copy_((weight.double() * scale.reshape(-1, *[1] * (weight.dim() - 1))).to(weight.dtype))
     path, read = path_of(node), [value for value in norm.all_input_nodes if value is not node]
@@ -146,7 +146,7 @@ def _drop(captured: Captured, node: fx.Node) -> None:
     delattr(captured.module.get_submodule(owner), leaf)
 
 
-def _bias(captured: Captured, node: fx.Node, weight: Tensor) -> Tensor:
+def own_bias(captured: Captured, node: fx.Node, weight: Tensor) -> Tensor:
     """The bias parameter of `node`, its own; one is made, of zeros or of the values of what it reads now, where there
     is none or others read it too."""
     name = parameter_of(node, "bias")

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, fx, nn
 
 from fxcompress.diagnostics import Diagnostic, Label, PlanError
@@ -21,18 +20,17 @@ from fxcompress.nn.integer import saturates
 from fxcompress.nn.quantizer import Quantizer, WeightQuantizer, groups_of
 from fxcompress.nn.scheme import Scheme
 from fxcompress.nn.trained import TrainedQuantizer
-from fxcompress.passbase import OBSERVERS
-from fxcompress.passes.shared.calibrating import calibrate
+from fxcompress.passes.shared.calibrating import calibrate, cover_weight
 from fxcompress.passes.shared.fold_norms import fold, norms_behind
 from fxcompress.passes.shared.integer import Grids, Region, regions_of, role_of
 from fxcompress.passes.shared.normalizing import Normal, channels_of, few, normalize, weight_name
+from fxcompress.passes.shared.preparing import prepare
 from fxcompress.passes.shared.training_rounds import norm_arguments, scheduled
 from fxcompress.passes.shared.weights import expose
 from fxcompress.policy.values import Call
 
 BYTE = 8  # bits
 SAFE_BITS = 15  # of a value and a weight together, where the sum of two products has to fit 16 bits
-_ROWS = 4096  # of weights whose ranges are found at a time
 
 if TYPE_CHECKING:
     from fxcompress.passes.quantize import Quantize
@@ -58,16 +56,18 @@ def quantize(settings: Quantize, captured: Captured, site: Site) -> Outcome:
 
 def _static(settings: Quantize, captured: Captured, site: Site, products: list[fx.Node]) -> Outcome:
     _fold(settings, captured, site, products)
+    prepare(settings, captured, products)
     regions = regions_of(products)
     grids = Grids(regions)
     changes = [_weight(settings, captured, site, node) for node in products]
     _place(settings, captured, site, grids)
     captured.refresh()
     unknown: tuple[str, ...] = ("the ranges of what layers read and give",)
+    found: list[str] = []
     if captured.concrete and site.calibration is not None:
-        calibrate(captured, _some(settings, site.calibration))
+        found += calibrate(captured, _some(settings, site.calibration))
         unknown = ()
-    return Outcome(tuple(changes), (*_saturation(settings), *_breaks(regions, grids)), unknown=unknown)
+    return Outcome(tuple(changes), (*_saturation(settings), *_breaks(regions, grids), *found), unknown=unknown)
 
 
 def _qat(settings: Quantize, captured: Captured, site: Site, products: list[fx.Node]) -> Outcome:
@@ -91,12 +91,15 @@ def _qat(settings: Quantize, captured: Captured, site: Site, products: list[fx.N
 
 
 def _weight_only(settings: Quantize, captured: Captured, site: Site, products: list[fx.Node]) -> Outcome:
-    return Outcome(tuple(_weight(settings, captured, site, node) for node in products))
+    prepare(settings, captured, products)
+    changes = tuple(_weight(settings, captured, site, node) for node in products)
+    return Outcome(changes, tuple(_recovered(settings, captured, site)))
 
 
 def _dynamic(settings: Quantize, captured: Captured, site: Site, products: list[fx.Node]) -> Outcome:
     """A quantizer of run-time ranges on what each layer reads; layers that read one value share it."""
     _fold(settings, captured, site, products)
+    prepare(settings, captured, products)
     changes = [_weight(settings, captured, site, node) for node in products]
     scheme = Scheme(bits_of(settings), signed=False, symmetric=settings.symmetric)
     made: dict[fx.Node, fx.Node] = {}
@@ -111,7 +114,17 @@ def _dynamic(settings: Quantize, captured: Captured, site: Site, products: list[
             touch(made[source], settings, site, f"rounds to {scheme.bits} bits, {settings.activations}",
                   was=(source.name,))
         node.replace_input_with(source, made[source])
-    return Outcome(tuple(changes), tuple(_saturation(settings)))
+    return Outcome(tuple(changes), (*_saturation(settings), *_recovered(settings, captured, site)))
+
+
+def _recovered(settings: Quantize, captured: Captured, site: Site) -> list[str]:
+    """Do on calibration data, where there are some, what the recovery keys ask for; returns what to note."""
+    captured.refresh()
+    from fxcompress.passes.quantize import RECOVERIES
+
+    if not any(getattr(settings, key) for key in RECOVERIES) or not captured.concrete or site.calibration is None:
+        return []
+    return calibrate(captured, _some(settings, site.calibration))
 
 
 _REWRITES: Mapping[str, Callable[[Quantize, Captured, Site, list[fx.Node]], Outcome]] = {
@@ -179,7 +192,7 @@ def _weight(settings: Quantize, captured: Captured, site: Site, node: fx.Node, n
     value, *factors = (evaluated(captured.module, read) for read in (source, *counted))
     quantizer = weight_quantizer(settings, value, channels_of(node), norm)
     if captured.concrete:
-        cover(quantizer, quantizer.folded(value, *factors) if isinstance(quantizer, TrainedQuantizer) else value)
+        cover_weight(quantizer, quantizer.folded(value, *factors) if isinstance(quantizer, TrainedQuantizer) else value)
     path = f"{name}_quantizer"
     put(captured, path, quantizer)  # for a layer that is called twice the second is the same
     with captured.graph.inserting_before(node):
@@ -208,17 +221,6 @@ def weight_quantizer(settings: Quantize, weight: Tensor, channels: int | None = 
         eps = float(module_of(norm).eps) if norm is not None else 0.0  # type: ignore[arg-type]
         return TrainedQuantizer(scheme, rows, axis, observer, arguments_, averages=False, eps=eps, device=weight.device)
     return WeightQuantizer(scheme, rows, axis, observer, arguments_, group=settings.group, device=weight.device)
-
-
-def cover(quantizer: Quantizer, weight: Tensor) -> None:
-    """Give `quantizer` the range of `weight`. Takes the memory of the observers of a few thousand rows at a time."""
-    kind, ranges = OBSERVERS[quantizer.observer], []
-    for rows in quantizer.in_rows(weight).split(_ROWS):
-        observer = kind(len(rows), rows.device, *quantizer.arguments)
-        observer.update(rows)
-        ranges.append(observer.range(quantizer.scheme))
-    low, high = (torch.cat(ends) for ends in zip(*ranges, strict=True))
-    quantizer.cover(low, high)
 
 
 def _place(settings: Quantize, captured: Captured, site: Site, grids: Grids) -> None:
