@@ -20,19 +20,25 @@ MODES = ("static", "dynamic", "qat", "weight_only")
 # Key -> the modes it says something in; elsewhere it has to stay as it is by default.
 MEANT: Mapping[str, tuple[str, ...]] = {
     "bits": ("static", "dynamic", "qat"), "dtype": ("static", "qat"), "activations": ("dynamic",),
-    "calibrate": ("static", "qat"), "observer": ("static", "qat"), "delay": ("qat",), "freeze": ("qat",),
+    "observer": ("static", "qat"), "delay": ("qat",), "freeze": ("qat",),
+    "equalize": ("static",), "smooth": ("static", "dynamic"), "adaround": ("static", "weight_only"),
+    "gptq": ("static", "dynamic", "weight_only"), "correct_bias": ("static",), "mixed": ("static",),
 }
+RECOVERIES = ("equalize", "smooth", "adaround", "gptq", "correct_bias", "mixed")  # what data can win back
 
 
 @dataclass(frozen=True)
 class Quantize(Pass):
     """Compute the selected layers in integers: batch norms are folded, activations fused, and what layers read and give
     is rounded to a grid that calibration, training or the values themselves find; `finalize` replaces them by integer
-    kernels."""
+    kernels. Of `multihead_attention` the projections are quantized, as linear layers: select
+    `linear | multihead_attention` for all of a transformer."""
 
     verb: ClassVar[str] = "quantize"
     facet: ClassVar[Facet] = Facet.NUMERIC
-    kinds: ClassVar[tuple[str, ...]] = ("conv2d", "linear", "embedding")
+    kinds: ClassVar[tuple[str, ...]] = ("conv2d", "linear", "multihead_attention", "conv1d", "conv3d",
+                                        "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "addmm",
+                                        "embedding")
 
     mode: str = param(
         Choice(MODES), "`static`: ranges from calibration data; `dynamic`: those of what linear layers read are found "
@@ -65,6 +71,16 @@ class Quantize(Pass):
     weight_observer: str | Call = param(
         OneOf((Registered("OBSERVERS"), CallOf("percentile", (Percent(),)))),
         "how the range of a weight is found in its values", "minmax")
+    equalize: bool = param(Boolean(), "scale the channels between two layers, so that none wastes the range it shares "
+                           "with others", False)
+    smooth: float = param(Percent(), "how much of the outliers of what linear layers read behind a norm goes over into "
+                          "their weights: 50% is usual", 0.0)
+    adaround: bool = param(Boolean(), "learn on calibration data which weights are rounded up, and which down", False)
+    gptq: bool = param(Boolean(), "round weights one input after the other, so that those to come make up for the error "
+                       "on calibration data", False)
+    correct_bias: bool = param(Boolean(), "take off biases what rounding shifts means by, on calibration data", False)
+    mixed: float = param(Percent(), "the share of the selected layers' multiply-accumulates that may stay in float: the "
+                         "layers that lose the most by rounding, each tried on calibration data", 0.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,6 +88,9 @@ class Quantize(Pass):
         if self.delay > self.freeze:
             problems.append(Diagnostic("FXC0373", "ranges would be frozen before anything is rounded: `delay` is later "
                                        "than `freeze`", help="let `delay` end first: both are shares of the phase"))
+        if self.adaround and self.gptq:
+            problems.append(Diagnostic("FXC0375", "`adaround` and `gptq` both decide how weights are rounded",
+                                       help="choose one: `gptq` for linear layers, `adaround` for convolutions"))
         if problems:
             raise PolicyError(problems)
 

@@ -24,9 +24,12 @@ from ..nn import (
     FreezingBatchNorm1d,
     FreezingBatchNorm2d,
     IntConv2d,
+    Interleave,
     IntLinear,
     IntMaxPool2d,
+    IntMean,
     Mask,
+    PackedConv2d,
     Quantizer,
     Reorder,
     ToFloat,
@@ -37,6 +40,8 @@ from ..nn import (
     WeightOnlyLinear,
     WeightQuantizer,
 )
+from ..nn.cuda import CudaInt8Linear, Sparse24Linear, ToInt8
+from ..nn.cuda_weights import CudaInt4Linear, CudaInt8WeightLinear
 from ..nn.integer import After, Grid
 from ..nn.scheme import Scheme
 from .artifact_json import Cursor, fail, printable, reason
@@ -81,7 +86,7 @@ def _or_none(read: Callable[[Cursor], Any]) -> Callable[[Cursor], Any]:
 
 
 def _has(name: str) -> Callable[[nn.Module], bool]:
-    return lambda module: getattr(module, name) is not None
+    return lambda module: getattr(module, name, None) is not None  # what nothing reads any more may be gone
 
 
 WHOLE = Argument(lambda cursor: cursor.integer())
@@ -198,9 +203,19 @@ def _rows() -> Iterable[SavedClass]:
     yield SavedClass(ToFloat, {"reads": READS})
     yield SavedClass(IntMaxPool2d, {"kernel_size": NUMBERS, "stride": NUMBERS, "padding": NUMBERS, "dilation": NUMBERS,
                                     "ceil_mode": FLAG})
+    yield SavedClass(PackedConv2d, {"shape": NUMBERS, "has_bias": FLAG, "stride": NUMBERS, "padding": NUMBERS,
+                                    "dilation": NUMBERS, "groups": WHOLE, "adds": FLAG, "activation": WORD,
+                                    "numbers": Argument(lambda c: tuple(item.number() for item in c.items(8)))})
+    yield SavedClass(IntMean, {"reads": READS, "keepdim": FLAG})
+    yield SavedClass(Interleave, {})
     yield SavedClass(IntLinear, _PRODUCT)
     yield SavedClass(IntConv2d, _PRODUCT | {"stride": NUMBERS, "padding": NUMBERS, "dilation": NUMBERS,
                                             "groups": WHOLE})
+    yield SavedClass(ToInt8, {"gives": GRID})
+    yield SavedClass(CudaInt8Linear, {"shape": NUMBERS, "reads": READS})
+    for held in (Sparse24Linear, CudaInt8WeightLinear):
+        yield SavedClass(held, {"shape": NUMBERS, "has_bias": FLAG})
+    yield SavedClass(CudaInt4Linear, {"shape": NUMBERS, "has_bias": FLAG, "group": WHOLE})
     yield SavedClass(ByMode, {"train_value": Argument(_constant), "eval_value": Argument(_constant)})
 
 

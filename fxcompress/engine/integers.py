@@ -17,7 +17,7 @@ from ..graph.comparing import inputs_of
 from ..graph.interpret import evaluating, values_of
 from ..graph.ops import kind_of, module_of
 from ..nn import IntConv2d, IntLinear
-from ..passes.shared.calibrating import uncalibrated, without_rounding
+from ..passes.shared.calibrating import uncalibrated, unrecovered, without_rounding
 from ..passes.shared.integer import regions_of
 from .measure import tensors_in
 
@@ -34,12 +34,19 @@ def is_quantized(captured: Captured) -> bool:
 
 
 def require_ranges(captured: Captured) -> None:
-    """Raise PlanError (FXC0572) where quantizers have no range yet."""
+    """Raise PlanError: FXC0572 where quantizers have no range yet, FXC0575 where layers wait for data to be recovered on."""
     bare = uncalibrated(captured)
     if bare:
         raise PlanError([Diagnostic(
             "FXC0572", "the model is quantized and not calibrated",
             notes=(f"without a range: {', '.join(bare[:8])}{f' and {len(bare) - 8} more' if len(bare) > 8 else ''}",),
+            help="show it data, `result.calibrate(batches)`, or give `calibration=` to `compile`")])
+    waiting = unrecovered(captured)
+    if waiting:
+        raise PlanError([Diagnostic(
+            "FXC0575", "what should win accuracy back has had no calibration data",
+            notes=(f"it was asked for {', '.join(waiting[:8])}"
+                   f"{f' and {len(waiting) - 8} more' if len(waiting) > 8 else ''}",),
             help="show it data, `result.calibrate(batches)`, or give `calibration=` to `compile`")])
 
 

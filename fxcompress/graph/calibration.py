@@ -10,7 +10,7 @@ nodes that are watched. Nothing of it changes: not its mode, not its running sta
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -67,14 +67,17 @@ class Moments:
             setattr(self, name, old + (total.cpu() / count - old) * (count / self.count))
 
 
+Watch = Callable[[Iterable[object]], Iterable[object]]  # lets batches through, and tells someone
 Place = tuple[fx.Node, int]  # a node whose value is a tensor, and the dimension of its channels
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Batches that can be run through over and over, or the first `samples` inputs in them. Use `of`."""
+    """Batches that can be run through over and over, or the first `samples` inputs in them. Use `of`. What runs through
+    them goes by `watch`."""
 
     batches: Iterable[object]
+    watch: Watch | None = None
     samples: int | None = None
 
     @classmethod
@@ -117,7 +120,7 @@ class Calibration:
         device = device_of(captured.module, captured.example)
         run, left = fx.Interpreter(captured.module), self.samples
         with evaluating(captured.module):
-            for number, batch in enumerate(self.batches, 1):
+            for number, batch in enumerate(self.batches if self.watch is None else self.watch(self.batches), 1):
                 inputs = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf,
                                   inputs_of(captured, batch, number))
                 if left is not None:

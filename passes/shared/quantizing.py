@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, fx, nn
 
 from fxcompress.diagnostics import Diagnostic, Label, PlanError
@@ -21,18 +20,17 @@ from fxcompress.nn.integer import saturates
 from fxcompress.nn.quantizer import Quantizer, WeightQuantizer, groups_of
 from fxcompress.nn.scheme import Scheme
 from fxcompress.nn.trained import TrainedQuantizer
-from fxcompress.passbase import OBSERVERS
-from fxcompress.passes.shared.calibrating import calibrate
+from fxcompress.passes.shared.calibrating import calibrate, cover_weight
 from fxcompress.passes.shared.fold_norms import fold, norms_behind
 from fxcompress.passes.shared.integer import Grids, Region, regions_of, role_of
-from fxcompress.passes.shared.masking import parameter_of
+from fxcompress.passes.shared.normalizing import Normal, channels_of, few, normalize, weight_name
+from fxcompress.passes.shared.preparing import prepare
 from fxcompress.passes.shared.training_rounds import norm_arguments, scheduled
-from fxcompress.passes.shared.weights import expose, unexposable
+from fxcompress.passes.shared.weights import expose
 from fxcompress.policy.values import Call
 
 BYTE = 8  # bits
 SAFE_BITS = 15  # of a value and a weight together, where the sum of two products has to fit 16 bits
-_ROWS = 4096  # of weights whose ranges are found at a time
 
 if TYPE_CHECKING:
     from fxcompress.passes.quantize import Quantize
@@ -40,8 +38,9 @@ if TYPE_CHECKING:
 
 def quantize(settings: Quantize, captured: Captured, site: Site) -> Outcome:
     """Quantize the layers of `site`; see `Quantize.rewrite`."""
-    notes: list[str] = []
-    products = [node for node in site.nodes if _can(settings, node, notes)]
+    normal = normalize(settings, captured, site)
+    products = [node for node in normal.products if _has_mode(settings, node, normal)]
+    notes = normal.lines()
     if not products:
         raise PlanError([Diagnostic("FXC0370", "nothing selected can be quantized",
                                     Label(site.span) if site.span is not None else None, notes=tuple(notes[:8]),
@@ -57,16 +56,18 @@ def quantize(settings: Quantize, captured: Captured, site: Site) -> Outcome:
 
 def _static(settings: Quantize, captured: Captured, site: Site, products: list[fx.Node]) -> Outcome:
     _fold(settings, captured, site, products)
+    prepare(settings, captured, products)
     regions = regions_of(products)
     grids = Grids(regions)
     changes = [_weight(settings, captured, site, node) for node in products]
     _place(settings, captured, site, grids)
     captured.refresh()
     unknown: tuple[str, ...] = ("the ranges of what layers read and give",)
+    found: list[str] = []
     if captured.concrete and site.calibration is not None:
-        calibrate(captured, _some(settings, site.calibration))
+        found += calibrate(captured, _some(settings, site.calibration))
         unknown = ()
-    return Outcome(tuple(changes), (*_saturation(settings), *_breaks(regions, grids)), unknown=unknown)
+    return Outcome(tuple(changes), (*_saturation(settings), *_breaks(regions, grids), *found), unknown=unknown)
 
 
 def _qat(settings: Quantize, captured: Captured, site: Site, products: list[fx.Node]) -> Outcome:
@@ -90,12 +91,15 @@ def _qat(settings: Quantize, captured: Captured, site: Site, products: list[fx.N
 
 
 def _weight_only(settings: Quantize, captured: Captured, site: Site, products: list[fx.Node]) -> Outcome:
-    return Outcome(tuple(_weight(settings, captured, site, node) for node in products))
+    prepare(settings, captured, products)
+    changes = tuple(_weight(settings, captured, site, node) for node in products)
+    return Outcome(changes, tuple(_recovered(settings, captured, site)))
 
 
 def _dynamic(settings: Quantize, captured: Captured, site: Site, products: list[fx.Node]) -> Outcome:
     """A quantizer of run-time ranges on what each layer reads; layers that read one value share it."""
     _fold(settings, captured, site, products)
+    prepare(settings, captured, products)
     changes = [_weight(settings, captured, site, node) for node in products]
     scheme = Scheme(bits_of(settings), signed=False, symmetric=settings.symmetric)
     made: dict[fx.Node, fx.Node] = {}
@@ -110,7 +114,17 @@ def _dynamic(settings: Quantize, captured: Captured, site: Site, products: list[
             touch(made[source], settings, site, f"rounds to {scheme.bits} bits, {settings.activations}",
                   was=(source.name,))
         node.replace_input_with(source, made[source])
-    return Outcome(tuple(changes), tuple(_saturation(settings)))
+    return Outcome(tuple(changes), (*_saturation(settings), *_recovered(settings, captured, site)))
+
+
+def _recovered(settings: Quantize, captured: Captured, site: Site) -> list[str]:
+    """Do on calibration data, where there are some, what the recovery keys ask for; returns what to note."""
+    captured.refresh()
+    from fxcompress.passes.quantize import RECOVERIES
+
+    if not any(getattr(settings, key) for key in RECOVERIES) or not captured.concrete or site.calibration is None:
+        return []
+    return calibrate(captured, _some(settings, site.calibration))
 
 
 _REWRITES: Mapping[str, Callable[[Quantize, Captured, Site, list[fx.Node]], Outcome]] = {
@@ -147,19 +161,15 @@ _MODES_OF: Mapping[str, tuple[tuple[str, ...], str]] = {
 }
 
 
-def _can(settings: Quantize, node: fx.Node, notes: list[str]) -> bool:
-    name = parameter_of(node, "weight")
-    modes, reason = _MODES_OF[kind_of(node)]
-    why = None
-    if settings.mode not in modes:
-        why = f"`mode = {settings.mode}` isn't for {kind_of(node)}: {reason}"
-    elif name is None:
-        why = "its weight is computed, or is quantized already"
-    elif node.op == "call_module":
-        why = unexposable(node)
-    if why is not None:
-        notes.append(f"{path_of(node)} stays in float: {why}")
-    return why is None
+_OTHERS = (("static",), "there is a simulation of that mode for convolutions of images and linear layers alone")
+
+
+def _has_mode(settings: Quantize, node: fx.Node, normal: Normal) -> bool:
+    modes, reason = _MODES_OF.get(kind_of(node), _OTHERS)
+    if settings.mode in modes:
+        return True
+    normal.leave(node, f"`mode = {settings.mode}` isn't for {kind_of(node)}: {reason}")
+    return False
 
 
 def bits_of(settings: Quantize) -> int:
@@ -177,15 +187,14 @@ def _spec(spec: str | Call) -> tuple[str, tuple[float, ...]]:
 def _weight(settings: Quantize, captured: Captured, site: Site, node: fx.Node, norm: fx.Node | None = None) -> Change:
     """A quantizer on the weight, which counts in the `norm` behind the layer; its range is that of the values now."""
     source = expose(captured, node)
-    name = parameter_of(node, "weight")
-    assert name is not None
+    name = weight_name(node)
     counted = norm_arguments(captured, node, norm) if norm is not None else ()
-    quantizer = weight_quantizer(settings, captured.module.get_parameter(name), norm)
+    value, *factors = (evaluated(captured.module, read) for read in (source, *counted))
+    quantizer = weight_quantizer(settings, value, channels_of(node), norm)
     if captured.concrete:
-        value, *factors = (evaluated(captured.module, read) for read in (source, *counted))
-        cover(quantizer, quantizer.folded(value, *factors) if isinstance(quantizer, TrainedQuantizer) else value)
+        cover_weight(quantizer, quantizer.folded(value, *factors) if isinstance(quantizer, TrainedQuantizer) else value)
     path = f"{name}_quantizer"
-    put(captured, path, quantizer)
+    put(captured, path, quantizer)  # for a layer that is called twice the second is the same
     with captured.graph.inserting_before(node):
         call = captured.graph.call_module(path, (source, *counted))
     call.meta["path"] = path_of(node)
@@ -195,33 +204,23 @@ def _weight(settings: Quantize, captured: Captured, site: Site, node: fx.Node, n
     return Change(path_of(node), kind_of(node), "weight", "float", f"int{settings.weight_bits}", "selected")
 
 
-def weight_quantizer(settings: Quantize, weight: Tensor, norm: fx.Node | None = None) -> Quantizer:
-    """A quantizer without a range for a weight [out, ...], behind which `norm` stands. Of layers that multiply integers
-    weights are symmetric."""
+def weight_quantizer(settings: Quantize, weight: Tensor, channels: int | None = 0,
+                     norm: fx.Node | None = None) -> Quantizer:
+    """A quantizer without a range for a weight whose outputs lie along the dimension `channels`, behind which `norm`
+    stands. Of layers that multiply integers weights are symmetric."""
     symmetric = settings.mode != "weight_only" or settings.symmetric
     scheme = Scheme(settings.weight_bits, signed=True, symmetric=symmetric, narrow=symmetric)
     observer, arguments_ = _spec(settings.weight_observer)
-    if settings.granularity == "per_tensor":
+    if settings.granularity == "per_tensor" or channels is None:
         rows, axis = 1, None
     else:
-        rows, axis = weight.shape[0] * groups_of(weight[0].numel(), settings.group), 0
+        rows, axis = weight.shape[channels] * groups_of(weight[0].numel(), settings.group), channels
     if settings.mode == "static":
         return Quantizer(scheme, rows, axis, observer, arguments_, device=weight.device)
     if settings.mode == "qat":
         eps = float(module_of(norm).eps) if norm is not None else 0.0  # type: ignore[arg-type]
         return TrainedQuantizer(scheme, rows, axis, observer, arguments_, averages=False, eps=eps, device=weight.device)
     return WeightQuantizer(scheme, rows, axis, observer, arguments_, group=settings.group, device=weight.device)
-
-
-def cover(quantizer: Quantizer, weight: Tensor) -> None:
-    """Give `quantizer` the range of `weight`. Takes the memory of the observers of a few thousand rows at a time."""
-    kind, ranges = OBSERVERS[quantizer.observer], []
-    for rows in quantizer.in_rows(weight).split(_ROWS):
-        observer = kind(len(rows), rows.device, *quantizer.arguments)
-        observer.update(rows)
-        ranges.append(observer.range(quantizer.scheme))
-    low, high = (torch.cat(ends) for ends in zip(*ranges, strict=True))
-    quantizer.cover(low, high)
 
 
 def _place(settings: Quantize, captured: Captured, site: Site, grids: Grids) -> None:
@@ -252,7 +251,8 @@ def _readers(grids: Grids) -> set[fx.Node]:
     found: set[fx.Node] = set()
     stack: list[fx.Node] = []
     for region in grids.regions:
-        stack += [node for node in (region.product, region.add) if node is not None]
+        stack += [region.product] if region.add is None or region.end not in grids.sources else [
+            region.product, region.add]
     while stack:
         node = stack.pop()
         if node in found:
@@ -284,5 +284,5 @@ def _breaks(regions: list[Region], grids: Grids) -> list[str]:
     for source in grids.sources:
         if source not in ends and source.op != "placeholder":
             found.setdefault(kind_of(source), []).append(path_of(source) or source.name)
-    return [f"integers begin anew behind {len(paths)} {kind} ({', '.join(paths[:3])}{' ...' if len(paths) > 3 else ''}"
-            "), which computes in float" for kind, paths in found.items()]
+    return [f"integers begin anew behind {len(paths)} {kind} ({few(paths)}), which computes in float"
+            for kind, paths in found.items()]
