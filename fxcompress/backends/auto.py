@@ -129,13 +129,14 @@ class Deployed(nn.Module):
 
 
 def _eager(module: fx.GraphModule) -> Callable[..., Any]:
-    return lambda *args, **kwargs: module(*args, **kwargs)  # not the module: `Deployed` has it once already
+    return module.__call__  # not the module: `Deployed` has it once already
 
 
 def _compiled(module: fx.GraphModule) -> Callable[..., Any]:
     """By Inductor, with weights as constants, so that they are packed once."""
     made: Any = torch.compile(module, options={"freezing": True})
-    return lambda *args, **kwargs: made(*args, **kwargs)
+    called: Callable[..., Any] = made.__call__
+    return called
 
 
 _COMPILE: Mapping[str, Callable[[fx.GraphModule], Callable[..., Any]]] = {"eager": _eager, "compiled": _compiled}
@@ -215,5 +216,5 @@ def _once(one: Deployed, example: Example) -> float:
 
 def tensors_by_name(module: fx.GraphModule, values: Sequence[Any]) -> Example:
     """A call of `module` with the tensors among `values`, which are those of its placeholders."""
-    names = [node.name for node in module.graph.find_nodes(op="placeholder")]
+    names = [str(node.target) for node in module.graph.find_nodes(op="placeholder")]
     return Example((), {name: value for name, value in zip(names, values, strict=True) if isinstance(value, Tensor)})
