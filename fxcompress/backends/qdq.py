@@ -78,7 +78,7 @@ def _move(root: fx.GraphModule, node: fx.Node, grid: Grid, grids: dict[fx.Node, 
         node.replace_all_uses_with(rounded, delete_user_cb=lambda user: user is not rounded)
 
 
-def _onnx(operator: str, *inputs: Tensor | None, like: Tensor, dtype: torch.dtype, **attributes: int) -> Tensor:
+def _onnx(operator: str, *inputs: Tensor | None, like: Tensor, dtype: torch.dtype, **attributes: Any) -> Tensor:
     """A call of an operator of ONNX that gives a tensor of the shape of `like`."""
     made: Tensor = torch.onnx.ops.symbolic(operator, inputs, attributes, dtype=dtype, shape=like.shape)
     return made
@@ -167,7 +167,7 @@ class _Product(nn.Module):
         if other is not None:
             made = made + other
         made = _ACTIVATIONS[self.activation](made, *self.numbers)
-        return self.gives(made) if self.rounds else made  # type: ignore[no-any-return]
+        return self.gives(made) if self.rounds else made
 
 
 _ACTIVATIONS: Mapping[str, Callable[..., Tensor]] = {
@@ -289,7 +289,7 @@ class Interleaved(nn.Module):
 
 # What a module on integers is in floats, given the grid of what it reads (None for floats) and the rank of what it
 # gives; and the grid of what it gives.
-Rule = Callable[[Any, Grid | None, int], tuple[nn.Module, Grid | None]]
+Rule = Callable[[Any, Any, int], tuple[nn.Module, Grid | None]]
 
 RULES: Mapping[str, Rule] = {
     ToInteger.fxc_kind: lambda module, reads, rank: (_rounded(module.gives), module.gives),
