@@ -137,7 +137,8 @@ class _Written:
     def _able(self) -> tuple[list[Layer], list[Layer]]:
         """The layers whose weights, and whose biases, are to be written and can be."""
         sharing = Sharing(self.captured)
-        rounding, biased = [], []
+        rounding: list[Layer] = []
+        biased: list[Layer] = []
         for layer in self.layers:
             if layer.asked.adaround or layer.asked.gptq:
                 key = "adaround" if layer.asked.adaround else "gptq"

@@ -18,8 +18,8 @@ from fxcompress.nn.scheme import Scheme
 from fxcompress.passes.shared.calibrating import calibrate, observer_of
 from fxcompress.passes.shared.fold_norms import fold
 from fxcompress.passes.shared.integer import Grids, Region, regions_of, role_of
-from fxcompress.passes.shared.preparing import prepare
 from fxcompress.passes.shared.normalizing import channels_of, few, normalize, weight_name
+from fxcompress.passes.shared.preparing import prepare
 from fxcompress.passes.shared.weights import expose
 from fxcompress.policy.values import Call
 

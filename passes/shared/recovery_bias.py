@@ -7,6 +7,8 @@ layer, so that each makes up for what those before it have left.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,7 @@ def correct_bias(layer: Layer, sight: Sight) -> float:
     shift = _means(given, axis) - _means(sight.gives, axis)
     layer.write_bias((bias.double() - shift).to(bias.dtype))
     size = sum(float(value.double().square().mean()) for value in sight.gives) / len(sight.gives)
-    return float(shift.square().mean().sqrt()) / max(size, 1e-30) ** 0.5
+    return math.sqrt(float(shift.square().mean()) / max(size, 1e-30))
 
 
 def _means(values: list[Tensor], axis: int) -> Tensor:

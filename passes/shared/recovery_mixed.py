@@ -13,14 +13,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from fxcompress.graph.calibration import Calibration
 from fxcompress.graph.captured import Captured
 from fxcompress.graph.interpret import evaluating, values_of
-from fxcompress.graph.ops import arguments, kind_of, module_of
+from fxcompress.graph.ops import kind_of, module_of
 from fxcompress.passes.shared.integer import role_of
 from fxcompress.passes.shared.recovery import Layer
 from fxcompress.passes.shared.recovery_walk import some_inputs
