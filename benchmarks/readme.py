@@ -17,6 +17,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 import compensate
+import quantize_and_remove
+import quantize_speed
 import remove_accuracy
 import remove_latency
 import remove_speed
@@ -35,6 +37,8 @@ TABLES: Mapping[str, tuple[Path, Callable[[list[dict[str, Any]]], str]]] = {
     "latency": (remove_latency.RESULTS, remove_latency.table),
     "accuracy": (remove_accuracy.RESULTS, remove_accuracy.table),
     "compensate": (compensate.RESULTS, compensate.table),
+    "quantize-speed": (quantize_speed.RESULTS, quantize_speed.table),
+    "quantize-remove": (quantize_and_remove.RESULTS, quantize_and_remove.table),
 }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import fx, nn
@@ -14,32 +13,31 @@ from ..graph.interpret import evaluated
 from ..graph.ops import arguments, kind_of, module_of, op_of, path_of
 from ..graph.propagate import drop_dead
 from ..graph.provenance import inherit
-from ..graph.tree import named_tensors
 from ..nn.affine import quantize
 from ..nn.integer import FLOATS, After, Grid, IntConv2d, IntLinear
 from ..nn.moving import Interleave, ToFloat, ToInteger
-from ..nn.quantizer import Quantizer
+from ..nn.quantizer import Quantizer, WeightQuantizer
 from ..passes.shared.calibrating import quantizers_of
 from ..passes.shared.integer import Region, data_of, regions_of, role_of
 from ..passes.shared.masking import is_there
+from .dynamic import lower_dynamic
 from .int8_moves import READS_SIZES, interleaved, max_pool, mean, pair
+from .post_ops import post_op
+from .settling import settle
+from .weight_only import lower_weight_only
 
-# Activation -> oneDNN's name for it, and its numbers, or the arguments that hold them.
-ACTIVATIONS: Mapping[str, tuple[str, tuple[str | float, ...]]] = {
-    "relu": ("relu", ()), "relu6": ("hardtanh", (0.0, 6.0)), "hardtanh": ("hardtanh", ("min_val", "max_val")),
-    "hardswish": ("hardswish", ()), "silu": ("swish", ()),
-}
 KERNELS = ("conv2d", "linear")  # kinds of layers that there are integer kernels for
 KERNEL_BITS = 8  # of the integers that kernels read and give: narrower ones are left to the simulation
 
 
 @dataclass
 class Lowered:
-    """What `lower` did: `kernels` has the new nodes by the name of the layer's node; `left` says of each quantized
-    layer that stays in float why."""
+    """What `lower` did: `kernels` has the new nodes by the name of the layer's node, `chosen` why it is this kernel;
+    `left` says of each quantized layer that stays in float why."""
 
     kernels: dict[str, fx.Node] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
+    chosen: dict[str, str] = field(default_factory=dict)
 
 
 def lower(captured: Captured, done: Lowered) -> None:
@@ -63,6 +61,8 @@ class _Lowering:
 
     def run(self) -> None:
         graph = self.captured.graph
+        lower_dynamic(self.captured, self.done)
+        lower_weight_only(self.captured, self.done)
         products = [node for node in graph.nodes if role_of(node) == "product" and _on_weight(node)]
         self.done.left |= {node.name: f"there is no integer kernel for {kind_of(node)}"
                            for node in products if kind_of(node) not in KERNELS}
@@ -84,14 +84,15 @@ class _Lowering:
                 user.replace_input_with(node, integers if sized else self._float(node, integers, grid))
         drop_dead(graph)
         self._keep_apart()
-        self._settle()
+        settle(self.captured, self.done.kernels.values())
 
     def _round(self, node: fx.Node, quantizer: Quantizer, ends: Mapping[fx.Node, Region]) -> None:
         """Integers for what a quantizer rounds: of the kernel in front of it, or of floats."""
         source, scheme = node.args[0], quantizer.scheme
         assert isinstance(source, fx.Node)
-        grid = Grid(float(quantizer.scale), int(quantizer.zero_point), scheme.low, scheme.high)
-        if source in ends and not scheme.signed and self._emit(ends[source], grid, node):
+        up = -scheme.low  # kernels count from zero: `qint8` is the same grid
+        grid = Grid(float(quantizer.scale), int(quantizer.zero_point) + up, 0, scheme.high + up)
+        if source in ends and self._emit(ends[source], grid, node):
             return
         self._take(node, self._call(ToInteger(grid), f"{node.name}_to_integer", node, (source,), node), grid)
 
@@ -115,9 +116,8 @@ class _Lowering:
                 other = self.stands.get(region.other, region.other) if rounded is None else self._float(
                     region.other, *rounded)
             inputs, after = [integers, other], replace(after, adds=adds)
-        if region.activation is not None:
-            name, numbers = _activation(region.activation)
-            after = replace(after, activation=name, numbers=numbers)
+        activation, numbers = post_op(region.activation)
+        after = replace(after, activation=activation, numbers=numbers)
         made = self._call(_kernel(self.captured, product, reads, after), self._home(product), at, tuple(inputs),
                           product)
         self.done.kernels[product.name] = made
@@ -179,35 +179,17 @@ class _Lowering:
         return node
 
     def _keep_apart(self) -> None:
-        """A kernel writes its sum into what it adds: it gets a copy where that is read again later."""
+        """A kernel writes its sum into what it adds: it gets a copy where that is read again later, or
+        is what it multiplies."""
         order = {node: place for place, node in enumerate(self.captured.graph.nodes)}
         for node in self.done.kernels.values():
             module = module_of(node)
-            assert isinstance(module, IntConv2d | IntLinear)
-            if len(node.args) > 1 and isinstance(other := node.args[1], fx.Node):
+            if isinstance(module, IntConv2d | IntLinear) and len(node.args) > 1 and (
+                    isinstance(other := node.args[1], fx.Node)):
                 aliases = _aliases(other)
                 later = any(order[user] > order[node] for alias in aliases for user in alias.users)
                 lent = any(alias.op in ("placeholder", "get_attr") or kind_of(alias) == "expand" for alias in aliases)
-                module.after = replace(module.after, copies=later or lent)
-
-    def _settle(self) -> None:
-        """Each kernel takes the place of its layer's module, and what nothing reads any more goes: modules,
-        parameters and buffers of those that stay."""
-        root, graph = self.captured.module, self.captured.graph
-        users = [str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")]
-        for node in self.done.kernels.values():
-            path = str(node.target).removesuffix(".integer")
-            if not any(target == path or (target.startswith(f"{path}.") and target != node.target) for target in users):
-                owner, _, leaf = path.rpartition(".")
-                setattr(root.get_submodule(owner), leaf, module_of(node))
-                node.target = path
-        root.delete_all_unused_submodules()
-        called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
-        read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
-        for name in named_tensors(root).all:
-            path, _, leaf = name.rpartition(".")
-            if name not in read and not any(path == at or path.startswith(f"{at}.") for at in called):
-                delattr(root.get_submodule(path), leaf)
+                module.after = replace(module.after, copies=later or lent or node.args[0] in aliases)
 
 
 def _aliases(node: fx.Node) -> set[fx.Node]:
@@ -233,13 +215,9 @@ def _on_weight(node: fx.Node) -> Quantizer | None:
     """The quantizer on the weight of a product, if it can be int8."""
     weight = arguments(node).get("weight")
     found = module_of(weight) if isinstance(weight, fx.Node) and weight.op == "call_module" else None
-    return found if isinstance(found, Quantizer) and found.on and found.scheme.bits <= KERNEL_BITS else None
-
-
-def _activation(node: fx.Node) -> tuple[str, tuple[float, ...]]:
-    name, numbers = ACTIVATIONS[kind_of(node)]
-    values = arguments(node)
-    return name, tuple(float(values[each]) if isinstance(each, str) else each for each in numbers)
+    if not isinstance(found, Quantizer) or isinstance(found, WeightQuantizer):
+        return None
+    return found if found.on and found.scheme.bits <= KERNEL_BITS else None
 
 
 def _kernel(captured: Captured, node: fx.Node, reads: Grid, after: After) -> IntConv2d | IntLinear:

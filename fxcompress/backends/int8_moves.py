@@ -47,22 +47,23 @@ def mean(node: fx.Node, reads: Grid) -> IntMean | None:
 
 
 def interleaved(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """The two halves, where `node` ends a channel shuffle of two groups: a concatenation of two images with equally many
-    channels, split into [N, 2, C, H, W], transposed, and merged."""
+    """The two halves, where `node` ends a channel shuffle of two groups: a concatenation of two images with equally
+    many channels, split into [N, 2, C, H, W], transposed, and merged."""
     turn = _input(node, "reshape", "transpose")
     split = _input(turn, "transpose", "reshape")
     joined = _input(split, "reshape", "cat")
-    if turn is None or split is None or joined is None or {arguments(turn)["dim0"], arguments(turn)["dim1"]} != {1, 2}:
+    if turn is None or split is None or joined is None:
         return None
-    values = arguments(joined)
+    dims, values = arguments(turn), arguments(joined)
     parts = [part for part in values["tensors"] if isinstance(part, fx.Node)]
-    shapes = {shape_of(part) for part in parts}
-    if len(parts) != 2 or len(values["tensors"]) != 2 or len(shapes) != 1 or values.get("dim", 0) not in (1, -3):
+    shapes = [shape_of(part) for part in parts]
+    if len(parts) != 2 or shapes[0] != shapes[1] or len(shapes[0]) != 4:
         return None
-    batch, *sizes = shapes.pop() or (0,)
-    if len(sizes) != 3 or shape_of(split)[1:] != (2, *sizes) or shape_of(node)[1:] != (2 * sizes[0], *sizes[1:]):
-        return None
-    return parts[0], parts[1]
+    _, channels, *places = shapes[0]
+    shuffles = ({dims["dim0"], dims["dim1"]} == {1, 2} and values.get("dim", 0) in (1, -3)
+                and len(values["tensors"]) == 2 and shape_of(split)[1:] == (2, channels, *places)
+                and shape_of(node)[1:] == (2 * channels, *places))
+    return (parts[0], parts[1]) if shuffles else None
 
 
 def _input(node: fx.Node | None, kind: str, of: str) -> fx.Node | None:

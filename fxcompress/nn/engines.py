@@ -36,6 +36,7 @@ class Kernel:
     run: Callable[[Tensor, Tensor | None], Tensor]
 
     def __call__(self, q: Tensor, other: Tensor | None) -> Tensor:
+        """The product of `q`, `other` added where the layer adds."""
         return self.run(q, other)
 
 
@@ -145,7 +146,8 @@ def _onednn(layer: Product, packed: Tensor, product: Any, adding: Any,
         other = other.clone() if after.copies else other
         other = other.detach()  # what is added may come from layers with parameters, and is written into
         if images:
-            made = adding(q, *given, other.contiguous(memory_format=torch.channels_last), bias, *settings, *gives, *adds)
+            other = other.contiguous(memory_format=torch.channels_last)
+            made: Tensor = adding(q, *given, other, bias, *settings, *gives, *adds)
         else:
             made = adding(q, *given, other, bias, *gives, *adds)
         return made if top == _TOP else made.clamp_(max=top)

@@ -20,8 +20,8 @@ _Q = torch.ops.quantized
 
 @cache
 def available() -> bool:
-    """Whether this build of torch has FBGEMM, and the quantized dtypes, which torch means to take away: it says so once,
-    and that is heard here."""
+    """Whether this build of torch has FBGEMM, and the quantized dtypes, which torch means to take away: it says so
+    once, and that is heard here."""
     if "fbgemm" not in torch.backends.quantized.supported_engines:
         return False
     with warnings.catch_warnings():

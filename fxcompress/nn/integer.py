@@ -1,15 +1,15 @@
 """Layers that multiply integers on the CPU, on plain uint8 and int8 tensors.
 
-u8 activations times s8 weights are summed in 32 bits; scale, bias, addition and activation are applied to the sum, which
-is then rounded to u8, or left in float. Which library computes it is chosen by shape (`engines.py`). Weights are kept as
-int8 and packed at the first call: what is packed can neither be copied nor saved.
+u8 activations times s8 weights are summed in 32 bits; scale, bias, addition and activation are applied to the sum,
+which is then rounded to u8, or left in float. Which library computes it is chosen by shape (`engines.py`). Weights are
+kept as int8 and packed at the first call: what is packed can neither be copied nor saved.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ def saturates() -> bool:
 
 def is_fake(q: Tensor) -> bool:
     """Whether only the shape is asked for."""
-    return q.device.type == "meta" or isinstance(q, FakeTensor)
+    return q.is_meta or isinstance(q, FakeTensor)
 
 
 @dataclass(frozen=True)
@@ -110,11 +110,11 @@ class Product(nn.Module):
         """The product of `q` (uint8), uint8 or float32; with `after.adds`, `other` is added to it."""
         if torch.compiler.is_compiling():
             return self._traced(q, other)
+        if is_fake(q):
+            made = self.shaped(q)
+            return made if self.after.gives is None else made.to(torch.uint8)
         kernel = self._packed.kernels.get(q.shape)
         if kernel is None:
-            if is_fake(q):
-                made = self.shaped(q)
-                return made if self.after.gives is None else made.to(torch.uint8)
             kernel = self._packed.kernels[q.shape] = self._kernel(q.shape)
         return kernel(q, other)
 

@@ -28,6 +28,7 @@ from fxcompress.passes.shared.recovery_walk import SAMPLES, Sight, walk
 from fxcompress.passes.shared.switching import quantizers_of as quantizers_of
 from fxcompress.passes.shared.switching import without_rounding as without_rounding
 
+_ROWS = 4096  # of weights whose ranges are found at a time
 RECOVERED = "recovered"  # key of `node.meta`: what was asked for a layer has been done
 
 
@@ -80,10 +81,19 @@ def calibrate(captured: Captured, data: Calibration) -> list[str]:
 
 def cover(layer: Layer) -> None:
     """Find the range of a weight anew."""
-    observer = observer_of(layer.quantizer)
-    observer.update(layer.quantizer.in_rows(layer.weight()))
+    cover_weight(layer.quantizer, layer.weight())
+
+
+def cover_weight(quantizer: Quantizer, weight: Tensor) -> None:
+    """Give `quantizer` the range of `weight`. Takes the memory of the observers of a few thousand rows at a time."""
+    kind, ranges = OBSERVERS[quantizer.observer], []
+    for rows in torch.split(quantizer.in_rows(weight), _ROWS):
+        observer = kind(len(rows), rows.device, *quantizer.arguments)
+        observer.update(rows)
+        ranges.append(observer.range(quantizer.scheme))
+    low, high = (torch.cat(ends) for ends in zip(*ranges, strict=True))
     with torch.no_grad():
-        layer.quantizer.cover(*observer.range(layer.quantizer.scheme))
+        quantizer.cover(low, high)
 
 
 def _find_ranges(captured: Captured, data: Calibration) -> None:

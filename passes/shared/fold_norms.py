@@ -65,6 +65,13 @@ class _Norm:
         return scale, shift if self.bias is None else shift + self.bias.double()
 
 
+def norms_behind(captured: Captured, nodes: Iterable[fx.Node]) -> dict[fx.Node, fx.Node]:
+    """The module of a batch norm behind each of `nodes` that `fold` would fold into it."""
+    sharing = _Sharing(captured)
+    found = {node: sharing.norm_behind(node) for node in nodes}
+    return {node: norm for node, norm in found.items() if norm is not None and norm.op == "call_module"}
+
+
 class _Sharing:
     """How often modules are called, and tensors are held or read, in a graph as it was before anything was folded."""
 

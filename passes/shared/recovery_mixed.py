@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import ChainMap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,20 +20,23 @@ from fxcompress.graph.calibration import Calibration
 from fxcompress.graph.captured import Captured
 from fxcompress.graph.interpret import evaluating, values_of
 from fxcompress.graph.ops import kind_of, module_of
+from fxcompress.nn.quantizer import Quantizer
 from fxcompress.passes.shared.integer import role_of
 from fxcompress.passes.shared.recovery import Layer
 from fxcompress.passes.shared.recovery_walk import some_inputs
 from fxcompress.passes.shared.switching import quantizers_of, without_rounding
+from fxcompress.passes.shared.weights import absorb
 
 SAMPLES, _AT_ONCE = 8, 4  # of the calibration data: all, and that a scan holds every value of
 LEFT, SENSITIVITY = "left", "sensitivity"  # keys of `node.meta`: why a layer stays in float; what the scan found
+_LEAST = 1e-3  # of the noise of all layers: one that makes less isn't worth being in float
 _SHOWN = 12  # lines of the table in the notes
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What rounding one layer alone does to the model: `sqnr` of all that the model gives, in dB; `macs` are the layer's
-    share of those of all quantized layers; `left` says whether it stays in float."""
+    """What rounding one layer alone does to the model: `sqnr` of all that the model gives, in dB; `macs` are the
+    layer's share of those of all quantized layers; `left` says whether it stays in float."""
 
     path: str
     kind: str
@@ -69,10 +72,12 @@ def leave_some(captured: Captured, layers: Sequence[Layer], data: Calibration) -
 
 
 def choose(rows: Sequence[Sensitivity], share: float) -> set[str]:
-    """The paths to leave in float: by noise for each multiply-accumulate, as long as the share of these allows."""
+    """The paths to leave in float: by noise for each multiply-accumulate, as long as the share of these allows, but
+    none that makes next to none of the noise."""
     chosen: set[str] = set()
+    least = _LEAST * sum(row.noise for row in rows)
     for row in sorted(rows, key=lambda row: -row.noise / max(row.macs, 1e-12)):
-        if row.macs <= share + 1e-9:
+        if row.noise > least and row.macs <= share + 1e-9:
             share -= row.macs
             chosen.add(row.path)
     return chosen
@@ -159,18 +164,13 @@ def _floats(value: Any) -> list[Tensor]:
 def switch(captured: Captured, layers: Sequence[Layer]) -> None:
     """Quantizers on the weights of layers that are left in float round nothing, nor do those on values that no other
     layer reads."""
-    wanted: set[fx.Node] = set()
     for layer in layers:
         layer.quantizer.on = LEFT not in layer.node.meta
         layer.call.meta.pop(LEFT, None)
         if LEFT in layer.node.meta:
             layer.call.meta[LEFT] = layer.node.meta[LEFT]
-        else:
-            wanted |= _sources(layer.data)
-            if layer.region.other is not None and layer.region.end in {_source(node) for node in quantizers_of(captured)}:
-                wanted |= _sources(layer.region.other)
     calls = quantizers_of(captured)
-    read = {calls[node] for node in calls if node in wanted}
+    read = _read(layers, calls)
     for node, quantizer in calls.items():
         node.meta.pop(LEFT, None)
         quantizer.on = quantizer in read
@@ -178,8 +178,20 @@ def switch(captured: Captured, layers: Sequence[Layer]) -> None:
             node.meta[LEFT] = "what reads it stays in float"
 
 
-def _source(node: fx.Node) -> object:
-    return node.args[0]
+def _read(layers: Sequence[Layer], calls: Mapping[fx.Node, Quantizer]) -> set[Quantizer]:
+    """The quantizers on values that kernels read: what they multiply and, where the sum is wanted in integers, add."""
+    kernels = [layer for layer in layers if LEFT not in layer.node.meta]
+    ends = {layer.region.end for layer in kernels}
+    read = {calls[source] for layer in kernels for source in _sources(layer.data) if source in calls}
+    rest = [layer for layer in layers if layer.region.other is not None]
+    while due := [layer for layer in rest if any(calls.get(user) in read for user in layer.region.end.users)]:
+        rest = [layer for layer in rest if layer not in due]
+        for layer in due:
+            assert layer.region.other is not None
+            # In float the addition would be taken for that of the kernel on its other side, which would lack integers.
+            read |= {calls[source] for source in _sources(layer.region.other)
+                     if source in calls and (layer in kernels or source.args[0] in ends)}
+    return read
 
 
 def _sources(node: fx.Node) -> set[fx.Node]:
@@ -202,15 +214,21 @@ def take_back(layers: Iterable[Layer]) -> None:
 
 
 def drop_left(captured: Captured) -> list[fx.Node]:
-    """Take the quantizers that round nothing, for layers that stay in float, out of the graph; returns the nodes that now
-    read something else. The caller refreshes."""
+    """Take the quantizers that round nothing, for layers that stay in float, out of the graph; returns the nodes that
+    now read something else. The caller refreshes."""
     changed: list[fx.Node] = []
     for node in list(captured.graph.nodes):
         if kind_of(node) == "quantizer" and LEFT in node.meta:
             changed += node.users
             node.replace_all_uses_with(node.all_input_nodes[0])
             captured.graph.erase_node(node)
-    return list(dict.fromkeys(changed))
+            if not any(other.op == "call_module" and other.target == node.target for other in captured.graph.nodes):
+                captured.module.delete_submodule(str(node.target))
+    for node in dict.fromkeys(changed):
+        if role_of(node) == "product":
+            absorb(captured, node)
+    there = set(captured.graph.nodes)
+    return [node for node in dict.fromkeys(changed) if node in there]
 
 
 def sensitivities(captured: Captured) -> tuple[Sensitivity, ...]:

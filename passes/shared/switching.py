@@ -8,16 +8,19 @@ from contextlib import contextmanager
 from torch import fx
 
 from fxcompress.graph.captured import Captured
-from fxcompress.graph.ops import kind_of, module_of
+from fxcompress.graph.ops import arguments, kind_of, module_of
 from fxcompress.nn.quantizer import Quantizer
-from fxcompress.passes.shared.weights import of_parameters
 
 
 def quantizers_of(captured: Captured) -> dict[fx.Node, Quantizer]:
     """The calls of quantizers on values, those on weights left out."""
     return {node: module for node in captured.graph.nodes if kind_of(node) == "quantizer"
             and isinstance(module := module_of(node), Quantizer) and module.axis is None
-            and not of_parameters(node.args[0])}
+            and not _is_weight(node)}
+
+
+def _is_weight(node: fx.Node) -> bool:
+    return any(arguments(user).get("weight") is node for user in node.users)
 
 
 @contextmanager

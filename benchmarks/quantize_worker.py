@@ -1,0 +1,168 @@
+"""One contestant of `quantize_speed.py` in a process of its own: eager PyTorch, ours, or one of `quantize_peer.py`.
+
+    python benchmarks/quantize_worker.py resnet18 1 ours_int8
+
+Prepares the model, and writes a line of JSON: {"ready": true, "drift": ..., "seconds": ..., "memory": ...} or
+{"error": ...}. Then it reads orders, a line each, and answers each with a line: `pin 1` (run on that core from now on),
+`run 5` (run five times; {"seconds": of one}). It ends when its input does. What libraries print goes to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+sys.path.insert(0, str(Path(__file__).parent))
+import quantize_peer
+from quantize_models import Job, cached
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    import fxcompress
+
+Run = Callable[[], Any]  # one forward pass; gives the output
+FLOAT = "policy float { }"
+STATIC = 'use "std/quant.fxc" { int8 }\npolicy static { quantize conv2d | linear as int8 { } }'
+
+REMOVED = "remove channels(conv2d) { ratio = 50%, by = l1, align = 16 }"
+# Half of the channels, then integers for what is left.
+REMOVE = f"policy smaller {{ phase shrink {{ {REMOVED} }} }}"
+REMOVE_AND_QUANTIZE = f"""use "std/quant.fxc" {{ int8 }}
+policy smaller_int8 {{
+    phase shrink {{ {REMOVED} }}
+    phase deploy after shrink {{ quantize conv2d | linear as int8 {{ }} }}
+}}"""
+
+
+def eager(job: Job) -> Run:
+    net, inputs = job.net, job.inputs
+    return lambda: net(*inputs)
+
+
+def compressed(job: Job, policy: str) -> fxcompress.Result:
+    """The job's model under `policy`, calibrated."""
+    import fxcompress
+
+    if "quantize" not in policy:
+        return fxcompress.compile(policy, job.net, job.inputs)
+    return fxcompress.compile(policy, job.net, job.inputs, calibration=job.calibration)
+
+
+def ours(policy: str, **options: Any) -> Callable[[Job], Run]:
+    """The GraphModule that `finalize` gives under `policy`."""
+    def prepare(job: Job) -> Run:
+        module, inputs = compressed(job, policy).finalize(target="cpu", **options), job.inputs
+        return lambda: module(*inputs)
+
+    return prepare
+
+
+def auto(job: Job) -> Run:
+    """The fastest of what is installed."""
+    module, inputs = compressed(job, STATIC).finalize(target="auto", data=job.calibration), job.inputs
+    return lambda: module(*inputs)
+
+
+CONTESTANTS: Mapping[str, Callable[[Job], Run]] = {
+    "eager": eager,
+    "ours_fp32": ours(FLOAT),
+    "ours_fp32_compiled": ours(FLOAT, compile=True),
+    "ours_int8": ours(STATIC),
+    "ours_int8_compiled": ours(STATIC, compile=True),
+    "ours_auto": auto,
+    "ours_removed": ours(REMOVE),
+    "ours_removed_int8": ours(REMOVE_AND_QUANTIZE),
+    **quantize_peer.CONTESTANTS,
+}
+# Compiled under `no_grad`, as their documents have it.
+NOT_INFERENCE = frozenset({"inductor", "pt2e", "pt2e_cpp", "ours_fp32_compiled", "ours_int8_compiled"})
+
+
+def reference(job: Job) -> Tensor:
+    """The output of the eager model."""
+    import torch
+
+    def make(path: Path) -> None:
+        torch.save(job.net(*job.inputs), path)
+
+    found: Tensor = torch.load(cached(job.file("reference.pt"), make), weights_only=True)
+    return found
+
+
+def drift(found: Any, expected: Tensor) -> float:
+    """Norm of the difference over that of what was expected."""
+    import torch
+
+    found = next(iter(found.values())) if isinstance(found, dict) else found
+    found = found[0] if isinstance(found, list | tuple) else found
+    return float((torch.as_tensor(found).double() - expected).norm() / expected.double().norm())
+
+
+def prepared(job: Job, contestant: str, send: Callable[[dict[str, Any]], None]) -> Run | None:
+    """A forward pass that has run before; None, and the reason sent, where that fails."""
+    begin = time.perf_counter()
+    try:
+        run = CONTESTANTS[contestant](job)
+        run()
+        found = drift(run(), reference(job))
+    except Exception as error:  # noqa: BLE001  whatever a peer raises is its row of the table
+        import traceback
+
+        traceback.print_exc()
+        send({"error": f"{type(error).__name__}: {error}"})
+        return None
+    job.__dict__.pop("net", None)  # a contestant that needs the float model holds it itself
+    job.__dict__.pop("calibration", None)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    send({"ready": True, "drift": found, "seconds": time.perf_counter() - begin, "memory": memory,
+          "detail": getattr(run, "detail", "")})
+    return run
+
+
+def timed(run: Run, repeats: int) -> float:
+    """Processor seconds of one pass: what it takes on a core that does nothing else."""
+    start = time.process_time()
+    for _ in range(repeats):
+        run()
+    return (time.process_time() - start) / repeats
+
+
+def serve(run: Run, orders: TextIO, send: Callable[[dict[str, Any]], None]) -> None:
+    for line in orders:
+        order, number = line.split()
+        if order == "pin":
+            for thread in os.listdir("/proc/self/task"):
+                os.sched_setaffinity(int(thread), {int(number)})
+            send({})
+        elif order == "run":
+            send({"seconds": timed(run, int(number))})
+        else:
+            raise ValueError(f"no such order: {order}")
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
+    os.dup2(2, 1)
+
+    def send(answer: dict[str, Any]) -> None:
+        print(json.dumps(answer), file=answers, flush=True)
+
+    model, batch, contestant = sys.argv[1:]
+    import torch
+
+    torch.set_num_threads(1)
+    with torch.inference_mode(mode=contestant not in NOT_INFERENCE), torch.no_grad():
+        run = prepared(Job(model, int(batch)), contestant, send)
+        if run is not None:
+            serve(run, sys.stdin, send)
+
+
+if __name__ == "__main__":
+    main()
