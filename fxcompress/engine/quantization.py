@@ -246,7 +246,7 @@ def _row(run: _Run, place: _Place, done: Lowered, timed: Captured, seconds: dict
     shown, why = FLOAT, done.left.get(name, "")
     if kernel is not None:
         module = timed.module.get_submodule(str(kernel.target))
-        shown, why = kernel_name(module), done.chosen.get(name, "")
+        shown, why = kernel_name(module), str(getattr(module, "why", ""))
         after = bytes_of(module.state_dict().values())
     total = _Sum()
     total.add(weight, place.weight(weight), place.weight)
