@@ -81,8 +81,8 @@ WORDS = torch.zeros(1, 16, dtype=torch.int64)
 SUBJECTS = {
     "resnet18": Subject(torchvision.models.resnet18, IMAGE, ("conv2d | linear as int8",
                                                              "conv2d | linear as int4_weights")),
-    "vit_b_16": Subject(torchvision.models.vit_b_16, IMAGE, ("linear as int8_dynamic",
-                                                             "conv2d | linear as int4_weights")),
+    "vit_b_16": Subject(torchvision.models.vit_b_16, IMAGE, ("linear | multihead_attention as int8_dynamic",
+                                                             "conv2d | linear | multihead_attention as int4_weights")),
     "MiniLM": Subject(Bert, WORDS, ("linear as int8_dynamic", "linear | embedding as int8_weights",
                                     "linear | embedding as int4_weights")),
     "linear": Subject(perceptron, torch.zeros(1, 1024), ("linear as int8", "linear as int4_weights")),

@@ -78,7 +78,7 @@ def test_so_many_samples_are_looked_at(samples: int | None, expected: list[int])
     captured = fxcompress.capture(perceptron(), noise(4, 128))
     seen = Seen()
     node = next(node for node in captured.graph.nodes if kind_of(node) == "relu")
-    Calibration([noise(4, 128)] * 3, samples).feed(captured, {node: [seen]})
+    Calibration([noise(4, 128)] * 3, samples=samples).feed(captured, {node: [seen]})
     assert seen.sizes == expected
 
 
