@@ -28,12 +28,14 @@ if TYPE_CHECKING:
     from .diagnostics import RewriteError as RewriteError
     from .engine import Result as Result
     from .engine import compile as compile
+    from .engine import export as export
     from .graph import Captured as Captured
     from .graph import capture as capture
     from .nn.affine import dequantize as dequantize
     from .nn.affine import quantize_tensor as quantize_tensor
     from .passbase import Pass as Pass
     from .passbase import param as param
+    from .passbase import register_observer as register_observer
     from .passbase import register_verb as register_verb
     from .passes.shared.criteria import register_criterion as register_criterion
     from .passes.shared.scores import register_score as register_score
@@ -52,12 +54,12 @@ _HOMES = {
     "diagnostics": ("ArtifactError", "CaptureError", "Diagnostic", "FxcError", "PlanError", "PolicyError",
                     "RewriteError"),
     "nn.affine": ("dequantize", "quantize_tensor"),
-    "passbase": ("Pass", "param", "register_verb"),
+    "passbase": ("Pass", "param", "register_observer", "register_verb"),
     "passes.shared.criteria": ("register_criterion",),
     "passes.shared.scores": ("register_score",),
     "graph": ("Captured", "capture"),
     "plan": ("Plan",),
-    "engine": ("Result", "compile"),
+    "engine": ("Result", "compile", "export"),
     "backends": ("load", "save"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

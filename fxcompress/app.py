@@ -131,11 +131,14 @@ def compile(policy: Policy, model: Spec,
 
 @app.command()
 def inspect(directory: Annotated[Path, typer.Argument(metavar="DIR", help="An artifact.")],
-            format: Annotated[Layout, typer.Option()] = Layout.TEXT) -> None:
+            format: Annotated[Layout, typer.Option()] = Layout.TEXT,
+            plots: Annotated[Path | None,
+                             typer.Option(metavar="FOLDER", help="Draw how its layers are quantized, as PNG and "
+                                          "SVG.")] = None) -> None:
     """Show the report of an artifact."""
     from . import commands
 
-    raise typer.Exit(commands.inspect(directory, format.value))
+    raise typer.Exit(commands.inspect(directory, format.value, plots))
 
 
 @app.command()
@@ -146,3 +149,15 @@ def diff(before: Annotated[Path, typer.Argument(metavar="BEFORE", help="An artif
     from . import commands
 
     raise typer.Exit(commands.diff(before, after, format.value))
+
+
+@app.command()
+def export(directory: Annotated[Path, typer.Argument(metavar="DIR", help="An artifact.")],
+           output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE",
+                                                help="Where to: .onnx, .xml (OpenVINO) or .pt2 (torch.export).")],
+           format: Annotated[str | None, typer.Option(metavar="FORMAT", help="onnx, openvino or pt2, where the suffix "
+                                                      "doesn't say it.")] = None) -> None:
+    """Write an artifact as a file of another format, and hold it against the artifact."""
+    from . import commands
+
+    raise typer.Exit(commands.export(directory, output, format))

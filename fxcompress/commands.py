@@ -11,15 +11,20 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, cast
 
 from . import inspect as inspection
-from .backends import save
+from .backends import load, save
+from .backends.export import FormatName
+from .backends.export import export as export_module
 from .diagnostics import Diagnostic, FxcError, PlanError
 from .engine import Result
 from .engine import compile as compile_policy
+from .engine.progress import watcher
 from .graph import Captured, capture
+from .graph.calibration import Calibration
 from .plan import Plan, read_policy
 from .plan import check_model as check_binding
 from .plan import plan as make_plan
@@ -91,11 +96,14 @@ def compile(policy_path: Path, spec: str, weights: Path | None = None, params: P
             output: Path = Path("out"), plan_file: Path | None = None, calibration: str | None = None) -> int:
     """Carry the policy out on the model and write the artifact to `output`. There is no training here: every phase runs
     at once and every ramp goes to its end. A plan in `plan_file` is refused if the policy or the model is another.
-    `calibration` says where calibration data come from, see `spec_data.py`."""
+    `calibration` says where calibration data come from, see `spec_data.py`; runs over them draw a bar on a terminal."""
     policy, loaded = _load(policy_path, spec, weights, params)
     made = read_plan(plan_file) if plan_file is not None else None
-    data = load_data(calibration) if calibration is not None else None
-    result = compile_policy(policy, _capture(loaded), plan=made, epochs=_epochs(policy), steps_per_epoch=1,
+    captured = _capture(loaded)
+    data = Calibration.of(load_data(calibration), captured) if calibration is not None else None
+    if data is not None:
+        data = replace(data, watch=watcher(True))
+    result = compile_policy(policy, captured, plan=made, epochs=_epochs(policy), steps_per_epoch=1,
                             calibration=data)
     run_through(result)
     with warnings.catch_warnings():
@@ -126,13 +134,27 @@ def run_through(result: Result) -> None:
 
 
 @_reporting
-def inspect(directory: Path, format: str = "text") -> int:
-    """Print the report of the artifact in `directory`: `text`, `json`, or `html` for one page with plan and policy."""
+def inspect(directory: Path, format: str = "text", plots: Path | None = None) -> int:
+    """Print the report of the artifact in `directory`: `text`, `json`, or `html` for one page with plan and policy.
+    Pictures of its quantization go into the folder `plots`."""
+    for path in inspection.plots(directory, plots) if plots is not None else ():
+        print(f"drawn: {path}", file=sys.stderr)
     if format == "html":
         sys.stdout.write(inspection.html_page(directory))
         return 0
     report = inspection.report(directory)
     return _print(report.show(), report.to_json(), format)
+
+
+@_reporting
+def export(directory: Path, output: Path, format: str | None = None) -> int:
+    """Write the artifact in `directory` to `output`: as `onnx`, `openvino` or `pt2`, by its suffix or `format`."""
+    found = export_module(load(directory), output, cast(FormatName | None, format))
+    for note in found.notes:
+        print(f"note: {note}", file=sys.stderr)
+    held = "" if found.gap is None else f", within {found.gap:.2g} of the artifact"
+    print(f"{found.format} in {found.path}{held}")
+    return 0
 
 
 @_reporting

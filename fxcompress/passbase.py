@@ -6,7 +6,7 @@ module keeps torch out of its top level and imports its rewrite inside `rewrite`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from enum import StrEnum
 from functools import cached_property
@@ -210,6 +210,22 @@ OBSERVERS: Registry[Any] = Registry(  # classes of `fxcompress.nn.observers.Obse
      for name, attribute in (("minmax", "MinMax"), ("moving_average", "MovingAverage"), ("percentile", "Percentile"),
                              ("histogram", "Histogram"), ("mse", "Mse"), ("kl", "Kl"))},
 )
+
+
+def register_observer(name: str) -> Callable[[type[T]], type[T]]:
+    """Class decorator: make a subclass of `fxcompress.nn.observers.Observer` a value of `observer` and
+    `weight_observer` of `quantize` for this process. Packages use the entry point `fxcompress.observers`.
+
+    It is made with (rows, device), takes the values of each batch by `update`, [rows, n], and says by `range` which
+    (low, high), each [rows], the integers of a scheme should cover. The base keeps the least and the greatest value in
+    `low` and `high`.
+
+        @fxcompress.register_observer("spread")
+        class Spread(Observer):
+            def range(self, scheme):
+                return 0.9 * self.low, 0.9 * self.high
+    """
+    return lambda cls: OBSERVERS.register(name, cls)
 
 
 def register_verb(cls: type[Pass]) -> type[Pass]:

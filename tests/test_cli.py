@@ -157,7 +157,9 @@ def test_commands_for_models(monkeypatch: pytest.MonkeyPatch) -> None:
         "compile", p, "m:f", None, {}, Path("out"), Path("plan.json"), None)
     assert called(monkeypatch, "compile", "p.fxc", "--model", "m:f", "-o", "out", "--calibration", "x.npy") == (
         "compile", p, "m:f", None, {}, Path("out"), None, "x.npy")
-    assert called(monkeypatch, "inspect", "out", "--format", "json") == ("inspect", Path("out"), "json")
+    assert called(monkeypatch, "inspect", "out", "--format", "json") == ("inspect", Path("out"), "json", None)
+    assert called(monkeypatch, "inspect", "out", "--plots", "pictures") == (
+        "inspect", Path("out"), "text", Path("pictures"))
     assert called(monkeypatch, "diff", "a", "b") == ("diff", Path("a"), Path("b"), "text")
     assert called(monkeypatch, "explain", "out", "layer1.0.conv1") == (
         "explain_layer", Path("out"), "layer1.0.conv1", "text")

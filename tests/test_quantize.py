@@ -229,7 +229,7 @@ def test_a_selection_leaves_the_rest_in_float() -> None:
     model, x = Branches().eval(), noise(4, 3, 4, 4)
     result, small = deployed(model, x, "policy some { quantize linear }")
     found = kinds(small)
-    assert (found.count("int_linear"), found.count("conv2d"), found.count("to_integer")) == (1, 4, 1)
+    assert (found.count("int_linear"), found.count("packed_conv2d"), found.count("to_integer")) == (1, 4, 1)
     assert apart(small(x), result.module.eval()(x)) < 1e-5
 
 
@@ -336,3 +336,23 @@ def test_refusals() -> None:
     twice = Quantize().apply(fxcompress.capture(model, x), "linear")
     with pytest.raises(PlanError, match="FXC0370"):
         Quantize().apply(twice, "linear")
+
+
+class Around(nn.Module):
+    """A residual around one convolution: what is added is what is multiplied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x))
+        return self.third(F.relu(x + self.second(x)))
+
+
+def test_a_sum_isnt_written_into_what_is_still_multiplied() -> None:
+    torch.manual_seed(0)
+    x = noise(4, 3, 16, 16)
+    result, module = deployed(Around().eval(), x)
+    with torch.no_grad():
+        assert apart(module(x), result.module.eval()(x)) < 1e-3

@@ -4,35 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import fx, nn
 
 from ..graph.captured import Captured
 from ..graph.interpret import evaluated
-from ..graph.ops import arguments, kind_of, module_of, path_of
+from ..graph.ops import arguments, kind_of, module_of, op_of, path_of
 from ..graph.propagate import drop_dead
 from ..graph.provenance import inherit
-from ..graph.tree import named_tensors
 from ..nn.affine import quantize
-from ..nn.integer import FLOATS, After, Grid, IntConv2d, IntLinear, IntMaxPool2d, ToFloat, ToInteger
-from ..nn.quantizer import Quantizer
+from ..nn.integer import FLOATS, After, Grid, IntConv2d, IntLinear
+from ..nn.moving import Interleave, ToFloat, ToInteger
+from ..nn.quantizer import Quantizer, WeightQuantizer
 from ..passes.shared.calibrating import quantizers_of
 from ..passes.shared.integer import Region, data_of, regions_of, role_of
+from ..passes.shared.masking import is_there
+from .dynamic import lower_dynamic
+from .int8_moves import READS_SIZES, interleaved, max_pool, mean, pair
+from .post_ops import post_op
+from .settling import settle
+from .weight_only import lower_weight_only
 
-# Activation -> oneDNN's name for it, and its numbers, or the arguments that hold them.
-ACTIVATIONS: Mapping[str, tuple[str, tuple[str | float, ...]]] = {
-    "relu": ("relu", ()), "relu6": ("hardtanh", (0.0, 6.0)), "hardtanh": ("hardtanh", ("min_val", "max_val")),
-    "hardswish": ("hardswish", ()), "silu": ("swish", ()),
-}
+KERNELS = ("conv2d", "linear")  # kinds of layers that there are integer kernels for
 KERNEL_BITS = 8  # of the integers that kernels read and give: narrower ones are left to the simulation
 
 
 @dataclass
 class Lowered:
-    """What `lower` did: `kernels` has the new nodes by the name of the layer's node; `left` says of each quantized
-    layer that stays in float why."""
+    """What `lower` did: `kernels` has the new nodes by the name of the layer's node; `left` says of each quantized layer that stays in float why."""
 
     kernels: dict[str, fx.Node] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
@@ -46,18 +46,25 @@ def lower(captured: Captured, done: Lowered) -> None:
 
 @dataclass
 class _Lowering:
-    """`ints` has the integers of each value, with their grid; `floats` the same numbers as floats again; `replaced` are
-    the nodes whose place integers take."""
+    """`ints` has the integers of each value, with their grid; `floats` the same numbers as floats again; `stands` the
+    kernels that give floats, by the node in whose place they stand; `replaced` are the nodes whose place integers
+    take."""
 
     captured: Captured
     done: Lowered
     ints: dict[fx.Node, tuple[fx.Node, Grid]] = field(default_factory=dict)
     floats: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    stands: dict[fx.Node, fx.Node] = field(default_factory=dict)
     replaced: set[fx.Node] = field(default_factory=set)
 
     def run(self) -> None:
         graph = self.captured.graph
+        lower_dynamic(self.captured, self.done)
+        lower_weight_only(self.captured, self.done)
         products = [node for node in graph.nodes if role_of(node) == "product" and _on_weight(node)]
+        self.done.left |= {node.name: f"there is no integer kernel for {kind_of(node)}"
+                           for node in products if kind_of(node) not in KERNELS}
+        products = [node for node in products if kind_of(node) in KERNELS]
         ends = {region.end: region for region in (regions_of(products) if products else ())}
         rounded = quantizers_of(self.captured)
         for node in list(graph.nodes):
@@ -67,19 +74,23 @@ class _Lowering:
                 self._emit(ends[node], None, node)
             elif role_of(node) in ("passes", "joins"):
                 self._pass(node)
+            elif kind_of(node) in ("mean", "adaptive_avg_pool2d") and data_of(node)[0] in self.ints:
+                self._average(node)
         for node, (integers, grid) in list(self.ints.items()):
             for user in [user for user in node.users if user not in self.replaced]:
-                user.replace_input_with(node, self._float(node, integers, grid))
+                sized = kind_of(user) in READS_SIZES
+                user.replace_input_with(node, integers if sized else self._float(node, integers, grid))
         drop_dead(graph)
         self._keep_apart()
-        self._settle()
+        settle(self.captured, self.done.kernels.values())
 
     def _round(self, node: fx.Node, quantizer: Quantizer, ends: Mapping[fx.Node, Region]) -> None:
         """Integers for what a quantizer rounds: of the kernel in front of it, or of floats."""
         source, scheme = node.args[0], quantizer.scheme
         assert isinstance(source, fx.Node)
-        grid = Grid(float(quantizer.scale), int(quantizer.zero_point), scheme.low, scheme.high)
-        if source in ends and not scheme.signed and self._emit(ends[source], grid, node):
+        up = -scheme.low  # kernels count from zero: `qint8` is the same grid
+        grid = Grid(float(quantizer.scale), int(quantizer.zero_point) + up, 0, scheme.high + up)
+        if source in ends and self._emit(ends[source], grid, node):
             return
         self._take(node, self._call(ToInteger(grid), f"{node.name}_to_integer", node, (source,), node), grid)
 
@@ -90,28 +101,38 @@ class _Lowering:
     def _emit(self, region: Region, gives: Grid | None, at: fx.Node) -> bool:
         """Put the kernel of `region` behind `at`, whose place it takes; False where what it reads is in floats."""
         product, (data, *_) = region.product, data_of(region.product)
-        if data not in self.ints or (region.other is not None and region.other not in self.ints):
+        if data not in self.ints or (gives and region.other is not None and region.other not in self.ints):
             self.done.left[product.name] = "what it reads isn't in integers"
             return False
         integers, reads = self.ints[data]
         inputs, after = [integers], After(gives)
         if region.other is not None:
-            other, adds = self.ints[region.other]
-            if gives is None:  # oneDNN adds floats to what it gives as floats
-                other, adds = self._float(region.other, other, adds), FLOATS
+            if gives is not None:
+                other, adds = self.ints[region.other]
+            else:  # oneDNN adds floats to what it gives as floats
+                rounded, adds = self.ints.get(region.other), FLOATS
+                other = self.stands.get(region.other, region.other) if rounded is None else self._float(
+                    region.other, *rounded)
             inputs, after = [integers, other], replace(after, adds=adds)
-        if region.activation is not None:
-            name, numbers = _activation(region.activation)
-            after = replace(after, activation=name, numbers=numbers)
-        path = f"{path_of(product) or product.name}.integer"
-        made = self._call(_kernel(self.captured, product, reads, after), path, at, tuple(inputs), product)
+        activation, numbers = post_op(region.activation)
+        after = replace(after, activation=activation, numbers=numbers)
+        made = self._call(_kernel(self.captured, product, reads, after), self._home(product), at, tuple(inputs),
+                          product)
         self.done.kernels[product.name] = made
         self.replaced.update(node for node in (product, region.add, region.activation) if node is not None)
         if gives is None:
             at.replace_all_uses_with(made)
+            self.stands[at] = made
         else:
             self._take(at, made, gives)
         return True
+
+    def _home(self, product: fx.Node) -> str:
+        """Where the kernel of `product` stands: in its layer's module, or beside it where there is none, or where
+        another call of the layer has its kernel there."""
+        path = path_of(product)
+        taken = not path or not is_there(self.captured, path) or is_there(self.captured, f"{path}.integer")
+        return f"{product.name}_integer" if taken else f"{path}.integer"
 
     def _pass(self, node: fx.Node) -> None:
         """Let an operator that only moves numbers move integers, where all that it reads are of one grid."""
@@ -120,12 +141,25 @@ class _Lowering:
         if not data or len(grids) != 1 or any(value not in self.ints for value in data):
             return
         swap = {value: self.ints[value][0] for value in data}
-        if kind_of(node) == "max_pool2d":
-            made = self._call(_pool(node), f"{node.name}_integer", node, (swap[data[0]],), node)
+        halves = interleaved(node)
+        if halves is not None:
+            read = tuple(self.ints[half][0] for half in halves)
+            made = self._call(Interleave(), f"{node.name}_integer", node, read, node)
+        elif kind_of(node) == "max_pool2d":
+            made = self._call(max_pool(node), f"{node.name}_integer", node, (swap[data[0]],), node)
         else:
             with self.captured.graph.inserting_after(node):
                 made = self.captured.graph.node_copy(node, lambda arg: swap.get(arg, arg))
         self._take(node, made, *grids)
+
+    def _average(self, node: fx.Node) -> None:
+        """Let a mean over places sum integers; it gives floats."""
+        integers, grid = self.ints[data_of(node)[0]]
+        module = mean(node, grid)
+        if module is not None:
+            made = self._call(module, f"{node.name}_integer", node, (integers,), node)
+            node.replace_all_uses_with(made)
+            self.replaced.add(node)
 
     def _float(self, node: fx.Node, integers: fx.Node, grid: Grid) -> fx.Node:
         if integers not in self.floats:
@@ -143,33 +177,17 @@ class _Lowering:
         return node
 
     def _keep_apart(self) -> None:
-        """A kernel writes its sum into what it adds: it gets a copy where that is read again later."""
+        """A kernel writes its sum into what it adds: it gets a copy where that is read again later, or
+        is what it multiplies."""
         order = {node: place for place, node in enumerate(self.captured.graph.nodes)}
         for node in self.done.kernels.values():
             module = module_of(node)
-            assert isinstance(module, IntConv2d | IntLinear)
-            if len(node.args) > 1 and isinstance(other := node.args[1], fx.Node):
-                later = any(order[user] > order[node] for alias in _aliases(other) for user in alias.users)
-                module.after = replace(module.after, copies=later or other.op == "placeholder")
-
-    def _settle(self) -> None:
-        """Each kernel takes the place of its layer's module, and what nothing reads any more goes: modules,
-        parameters and buffers of those that stay."""
-        root, graph = self.captured.module, self.captured.graph
-        users = [str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")]
-        for node in self.done.kernels.values():
-            path = str(node.target).removesuffix(".integer")
-            if not any(target == path or (target.startswith(f"{path}.") and target != node.target) for target in users):
-                owner, _, leaf = path.rpartition(".")
-                setattr(root.get_submodule(owner), leaf, module_of(node))
-                node.target = path
-        root.delete_all_unused_submodules()
-        called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
-        read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
-        for name in named_tensors(root).all:
-            path, _, leaf = name.rpartition(".")
-            if name not in read and not any(path == at or path.startswith(f"{at}.") for at in called):
-                delattr(root.get_submodule(path), leaf)
+            if isinstance(module, IntConv2d | IntLinear) and len(node.args) > 1 and (
+                    isinstance(other := node.args[1], fx.Node)):
+                aliases = _aliases(other)
+                later = any(order[user] > order[node] for alias in aliases for user in alias.users)
+                lent = any(alias.op in ("placeholder", "get_attr") or kind_of(alias) == "expand" for alias in aliases)
+                module.after = replace(module.after, copies=later or lent or node.args[0] in aliases)
 
 
 def _aliases(node: fx.Node) -> set[fx.Node]:
@@ -180,34 +198,24 @@ def _aliases(node: fx.Node) -> set[fx.Node]:
         node = stack.pop()
         if node not in found:
             found.add(node)
-            if role_of(node) == "passes" and node.op == "call_function":
-                stack += data_of(node)
-            stack += [user for user in node.users if role_of(user) == "passes" and user.op == "call_function"]
+            if _may_view(node):
+                stack += node.all_input_nodes
+            stack += [user for user in node.users if _may_view(user)]
     return found
+
+
+def _may_view(node: fx.Node) -> bool:
+    op = op_of(node)
+    return op is not None and (op.family in ("shape", "index") or op.name in ("to", "detach", "contiguous"))
 
 
 def _on_weight(node: fx.Node) -> Quantizer | None:
     """The quantizer on the weight of a product, if it can be int8."""
     weight = arguments(node).get("weight")
     found = module_of(weight) if isinstance(weight, fx.Node) and weight.op == "call_module" else None
-    return found if isinstance(found, Quantizer) and found.on and found.scheme.bits <= KERNEL_BITS else None
-
-
-def _activation(node: fx.Node) -> tuple[str, tuple[float, ...]]:
-    name, numbers = ACTIVATIONS[kind_of(node)]
-    values = arguments(node)
-    return name, tuple(float(values[each]) if isinstance(each, str) else each for each in numbers)
-
-
-def _pair(value: Any) -> list[int]:
-    return [value, value] if isinstance(value, int) else list(value)
-
-
-def _pool(node: fx.Node) -> nn.Module:
-    values = arguments(node)
-    kernel = _pair(values["kernel_size"])
-    return IntMaxPool2d(kernel, _pair(values.get("stride") or kernel), _pair(values.get("padding", 0)),
-                        _pair(values.get("dilation", 1)), bool(values.get("ceil_mode", False)))
+    if not isinstance(found, Quantizer) or isinstance(found, WeightQuantizer):
+        return None
+    return found if found.on and found.scheme.bits <= KERNEL_BITS else None
 
 
 def _kernel(captured: Captured, node: fx.Node, reads: Grid, after: After) -> IntConv2d | IntLinear:
@@ -226,7 +234,7 @@ def _kernel(captured: Captured, node: fx.Node, reads: Grid, after: After) -> Int
     if kind_of(node) == "linear":
         made = IntLinear(weight.shape, offset is not None, reads, after)
     else:
-        made = IntConv2d(weight.shape, offset is not None, reads, after, _pair(values["stride"]),
-                         _pair(values["padding"]), _pair(values["dilation"]), int(values["groups"]))
+        made = IntConv2d(weight.shape, offset is not None, reads, after, pair(values["stride"]),
+                         pair(values["padding"]), pair(values["dilation"]), int(values["groups"]))
     made.fill(integers, scales, offset)
     return made

@@ -16,6 +16,7 @@ from ..graph.tree import named_tensors
 from ..plan import Binder, Plan, Step, lower
 from ..policy.model import Phase, Policy
 from .follow import Followers
+from .integers import is_quantized
 from .log import Entry, add_missing, other_graph, same_cuts
 from .rewind import Snapshots
 from .solving import solved_now
@@ -59,7 +60,7 @@ class Executor:
                 outcome = self._carry_out(turn, site, None, past)
                 moving.extend((turn, scheduled) for scheduled in self._scheduled(turn, site, outcome))
         self.to_come.discard(phase.name)
-        if not self.to_come:
+        if not self.to_come and not is_quantized(self.captured):  # `finalize` measures quantized layers on them
             self.calibration = None  # what still runs on the data holds them itself, in its site
         return moving
 

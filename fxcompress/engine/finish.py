@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, fx
 
+from ..backends.floats import lower_floats
 from ..backends.int8 import Lowered, lower
 from ..diagnostics import Diagnostic, PlanError, Sink
 from ..graph.calibration import Calibration
@@ -19,12 +20,17 @@ from ..graph.timing import TOLERANCE, latency
 from ..graph.verify import Before, verify
 from ..passes.shared.inference import bake_evaluation
 from ..passes.shared.masking import remove_masks
+from ..passes.shared.recovery_mixed import drop_left
+from ..passes.shared.training_rounds import fold_training
 from ..plan.budgets import judge
 from ..plan.model import Totals
 from ..plan.totals import totals_of
 from ..policy.model import Policy
+from .gpu import put_on_gpu
 from .integers import held_against, is_quantized, require_ranges
 from .measure import Baseline, Measured, Measuring, failure
+from .quantization import measure as measure_quantization
+from .quantization_rows import Quantization
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,7 @@ class Finished:
     totals: Totals
     measured: tuple[Measured, ...]
     notes: tuple[str, ...] = ()
+    quantization: Quantization | None = None
 
 
 def take_masks_off(captured: Captured, *, fold: bool) -> None:
@@ -50,6 +57,17 @@ def take_training_off(captured: Captured) -> None:
                Origin("finalize", "python", "result.finalize()", "(end)", "reads past a dropout"))
 
 
+def take_norms_in(captured: Captured) -> None:
+    """Fold the batch norms that quantizers counted in while they trained, in place and verified."""
+    _rewritten(captured, fold_training,
+               Origin("finalize", "python", "result.finalize()", "(end)", "rounds with the range that training left"))
+
+
+def leave_in_float(captured: Captured) -> None:
+    """Take out the quantizers of layers that stay in float (`mixed`), in place and verified."""
+    _rewritten(captured, drop_left, Origin("finalize", "python", "result.finalize()", "(end)", "stays in float"))
+
+
 def _rewritten(captured: Captured, rewrite: Callable[[Captured], Iterable[fx.Node]], origin: Origin) -> None:
     """Rewrite `captured` and verify it; the nodes that `rewrite` gives came to be by `origin`."""
     before = Before.of(captured)
@@ -59,9 +77,9 @@ def _rewritten(captured: Captured, rewrite: Callable[[Captured], Iterable[fx.Nod
     verify(captured, before)
 
 
-def put_integers_in(captured: Captured, data: Calibration | None) -> list[str]:
-    """Replace what is quantized by integer kernels, in place and verified; returns what to note. Raises PlanError
-    (FXC0573)."""
+def put_integers_in(captured: Captured, data: Calibration | None) -> tuple[list[str], Quantization]:
+    """Replace what is quantized by integer kernels, in place and verified; returns what to note and what was measured.
+    Raises PlanError (FXC0573)."""
     simulated, done = captured.copy(), Lowered()
 
     def rewrite(captured: Captured) -> Iterable[fx.Node]:
@@ -70,7 +88,13 @@ def put_integers_in(captured: Captured, data: Calibration | None) -> list[str]:
         return [node for node in captured.graph.nodes if node not in there]
 
     _rewritten(captured, rewrite, Origin("finalize", "python", "result.finalize()", "(end)", "computes in integers"))
-    return held_against(simulated, captured, done, data)
+    notes = held_against(simulated, captured, done, data)
+    return notes, measure_quantization(simulated, captured, done, data)
+
+
+def pack_floats(captured: Captured) -> None:
+    """Fold norms and pack what stays in float for the CPU, in place and verified."""
+    _rewritten(captured, lower_floats, Origin("finalize", "python", "result.finalize()", "(end)", "packed for the CPU"))
 
 
 def finish(captured: Captured, policy: Policy, baseline: Baseline, lets: Mapping[str, Bound], target: str,
@@ -79,28 +103,35 @@ def finish(captured: Captured, policy: Policy, baseline: Baseline, lets: Mapping
     kernels are held against the simulation on.
 
     Raises PlanError: FXC0530 for expectations that don't hold, FXC0320 and FXC0531 for budgets that aren't met,
-    FXC0572 for quantized layers that weren't calibrated, FXC0573 for kernels that depart from the simulation.
+    FXC0572 for quantized layers that weren't calibrated, FXC0573 for kernels that depart from the simulation; FXC0580
+    to FXC0582 on a GPU, see `put_on_gpu`.
     """
     require_ranges(captured)
     final = captured.copy()
     take_masks_off(final, fold=True)
     take_training_off(final)
+    take_norms_in(final)
+    leave_in_float(final)
     final.module.zero_grad(set_to_none=True)
     final.module.eval()
     final = replace(final, module=final.module.to(target), example=_moved(final.example, target))
     notes: list[str] = []
-    if is_quantized(final):
-        notes = put_integers_in(final, data) if target == "cpu" else [
-            "quantized layers round and compute in float: there are integer kernels for `cpu` alone"]
+    quantization = None
+    if target == "cuda":
+        notes = put_on_gpu(final, data)
+    elif is_quantized(final):
+        notes, quantization = put_integers_in(final, data)
     sink = Sink()
-    totals = totals_of(final)
-    _judge_budgets(policy, baseline, totals, final, sink)
     measuring = Measuring(final, baseline, lets)
     measured = tuple(measuring.measure(expect) for expect in policy.expects)
     sink.items += [failure(expect, found) for expect, found in zip(policy.expects, measured, strict=True)
                    if not found.holds]
+    counted = totals_of(final)
+    if target == "cpu":
+        pack_floats(final)
+    _judge_budgets(policy, baseline, counted, final, sink)
     sink.raise_if_errors(PlanError)
-    return Finished(final, totals, measured, tuple(notes))
+    return Finished(final, totals_of(final), measured, tuple(notes), quantization)
 
 
 def device_for(target: str) -> str:

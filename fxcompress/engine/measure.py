@@ -116,19 +116,20 @@ class Measuring:
         self.lets: Lets = {name: Bound(captured.nodes_named(node.name for node in let.nodes), let.selector)
                            for name, let in lets.items()}
 
-    def measure(self, expect: Expect) -> Measured:
-        """What `expect` comes to. Raises PolicyError where its selector selects nothing (but for `count`)."""
-        value = self._value(expect)
+    def measure(self, expect: Expect, runs: nn.Module | None = None) -> Measured:
+        """What `expect` comes to; `runs` is what the model is run by, by default its own module. Raises PolicyError
+        where its selector selects nothing (but for `count`)."""
+        value = self._value(expect, runs or self.captured.module)
         if expect.op is None or expect.limit is None:
             return Measured(expect.metric, statement(expect), value, value == 0)
         scale = _TOTALS[expect.metric](self.baseline.totals) if expect.relative else 1.0
         return Measured(expect.metric, statement(expect), value, _COMPARE[expect.op](value, expect.limit * scale))
 
-    def _value(self, expect: Expect) -> float:
+    def _value(self, expect: Expect, runs: nn.Module) -> float:
         if expect.metric in _TOTALS:
             return float(_TOTALS[expect.metric](totals_of(self.captured)))
         if expect.metric == "drift":
-            return drift(self.baseline.outputs, outputs(self.captured.module, self.captured.example))
+            return drift(self.baseline.outputs, outputs(runs, self.captured.example))
         nodes = None
         if expect.argument is not None and expect.argument != "output":
             nodes = select(self.captured, expect.argument, self.lets, optional=expect.metric == "count")

@@ -43,6 +43,7 @@ def report(result: Result, finished: Finished) -> dict[str, Any]:
         "expects": [{"text": found.text, "value": found.value if math.isfinite(found.value) else None,
                      "shown": found.shown, "holds": found.holds} for found in finished.measured],
         "notes": list(result.notes),
+        "quantization": finished.quantization and finished.quantization.explained(result.notes).to_json(),
         "warnings": [{"code": item.code, "message": item.message} for item in result.warnings],
     }
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
+from functools import partial
+from typing import Any, overload
 
 from torch import fx
 from torch.optim import Optimizer
 
+from ..backends.auto import Deployed
+from ..backends.compiled import compile_in_place
 from ..diagnostics import Diagnostic, Label, PlanError
 from ..graph.calibration import Calibration
 from ..graph.captured import Captured
@@ -19,13 +23,15 @@ from ..plan import Plan, policy_hash
 from ..policy.model import Policy
 from ..policy.phases import show_window
 from ..policy.values import Duration, Ramp
+from .auto import choose
 from .clock import Clock
 from .execute import Executor
-from .finish import device_for, finish, take_masks_off
+from .finish import Finished, device_for, finish, take_masks_off
 from .follow import Followers
 from .integers import is_quantized
 from .log import Entry, follows, other_graph
-from .measure import Baseline
+from .measure import Baseline, Measuring
+from .progress import Progress, watcher
 from .report import report, table
 from .rewind import INITIAL, Snapshots, rewind_times
 from .schedule import Schedule
@@ -102,9 +108,10 @@ class Result:
         self._snapshots.look(self.clock)
         self._training.tick()
 
-    def calibrate(self, batches: object) -> None:
+    def calibrate(self, batches: object, progress: Progress = False) -> None:
         """Give every quantizer its range from `batches`, as `calibration` of `compile` does; ranges that are there are
-        found anew.
+        found anew. `progress=True` draws a bar on a terminal (stderr; nothing elsewhere); a function is called with
+        (batches done, how many there are or None) behind each batch.
 
         Raises PlanError: FXC0570 for batches that don't fit, FXC0571 where a layer gives no finite number, FXC0574
         where nothing is quantized.
@@ -113,7 +120,7 @@ class Result:
         if not is_quantized(self.captured):
             raise PlanError([Diagnostic("FXC0574", "there is nothing to calibrate: no layer is quantized now",
                                         help="calibrate once the phase has begun that quantizes")])
-        calibrate(self.captured, data)
+        self._notes += calibrate(self.captured, replace(data, watch=watcher(progress)))
         self._executor.calibration = data
 
     def follow(self, optimizer: Optimizer) -> Optimizer:
@@ -155,13 +162,31 @@ class Result:
         take_masks_off(self.captured, fold=False)
         return self.module
 
-    def finalize(self, target: str | None = None) -> fx.GraphModule:
+    @overload
+    def finalize(self, target: str | None = None, *, compile: bool = False) -> fx.GraphModule: ...
+
+    @overload
+    def finalize(self, target: str | None = None, *, data: object) -> Deployed: ...
+
+    def finalize(self, target: str | None = None, *, data: object = None,
+                 compile: bool = False) -> fx.GraphModule | Deployed:
         """A new GraphModule for `target` (that of the policy by default) with nothing left of training: masks are
-        zeros in the weights, `state_dict` has the model's keys, and it is in evaluation mode. `module` stays as it is.
+        zeros in the weights, norms are folded into the layers before them (`state_dict` has the other keys of the
+        model), convolutions are packed, quantized layers compute in integers, and it is in evaluation mode. It is not
+        for training; `module` stays as it is. With `compile` its calls are compiled by Inductor, at the first one with
+        inputs of a shape.
 
         A ramp that is short of its end is applied as far as it came; that is a warning (FXC0524), issued and kept in
-        `warnings`. Raises PlanError: FXC0523 for a phase that has not begun, FXC0527 for a target this machine has not,
-        FXC0530 for an `expect` that doesn't hold, FXC0320 and FXC0531 for a budget that isn't met.
+        `warnings`.
+
+        With the target `auto` and `data`, a batch of inputs, all engines that are installed are measured on it (this
+        GraphModule, compiled, ONNX Runtime, OpenVINO, each in floats and in integers, on the CPU, with torch's number
+        of threads), and the fastest that keeps the policy's expectations and budgets is given, as a `Deployed`; its
+        `table` shows all of them, and so do `notes`. Without `data`, `auto` is `cuda` where there is a GPU, else `cpu`.
+
+        Raises PlanError: FXC0523 for a phase that has not begun, FXC0527 for a target this machine has not, FXC0530 for
+        an `expect` that doesn't hold, FXC0320 and FXC0531 for a budget that isn't met; FXC0722 where no engine keeps
+        them, FXC0723 for `data` with another target.
         """
         unbegun = [Diagnostic(
             "FXC0523", f"phase `{phase.name}` has not begun", Label(phase.span, "is still to come"),
@@ -169,18 +194,36 @@ class Result:
             help="train until `result.done`, calling `step()` and `epoch_end()`") for phase in self._training.unbegun()]
         if unbegun:
             raise PlanError(unbegun)
-        device = device_for(target or self.policy.target)
+        wanted = target or self.policy.target
+        device = device_for(wanted)
+        if data is not None and wanted != "auto":
+            raise PlanError([Diagnostic("FXC0723", f"`data` is for choosing an engine, and the target is `{wanted}`",
+                                        help='say `finalize(target="auto", data=batch)`, or leave `data` away')])
         for found in map(_unreached, self._training.unreached()):
             if found not in self.warnings:
                 self.warnings.append(found)
                 warnings.warn(found.message, stacklevel=2)
-        finished = finish(self.captured, self.policy, self._baseline, self._executor.first_lets, device,
-                          self._executor.calibration)
-        self._notes += finished.notes
+        if data is None:
+            finished = self._finished(self.captured, self.policy, device)
+            module = self._with_report(finished, finished.notes, {})
+            return compile_in_place(module) if compile else module
+        choice = choose(self.captured, self.policy, self._baseline, partial(self._finished, device="cpu"),
+                        lambda captured: Measuring(captured, self._baseline, self._executor.first_lets), data)
+        assert choice.deployed.table is not None
+        self._with_report(choice.finished, (*choice.finished.notes, *choice.notes),
+                          {"auto": choice.deployed.table.to_json()})
+        return choice.deployed
+
+    def _finished(self, captured: Captured, policy: Policy, device: str) -> Finished:
+        return finish(captured, policy, self._baseline, self._executor.first_lets, device, self._executor.calibration)
+
+    def _with_report(self, finished: Finished, notes: tuple[str, ...], more: Mapping[str, Any]) -> fx.GraphModule:
+        """The module of `finished`, with the policy, the plan and a report."""
+        self._notes += notes
         module = finished.captured.module
         module.meta["fxcompress"] = {
             "policy": self.policy.source.text, "plan": json.loads(self.plan.to_json()),
-            "report": report(self, finished)}
+            "report": {**report(self, finished), **more}}
         return module
 
     def state_dict(self) -> dict[str, Any]:

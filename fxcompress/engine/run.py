@@ -37,7 +37,8 @@ def compile(policy: Policy | str | Path, model: nn.Module | Captured, example_in
     * `optimizer`: shorthand for `result.follow(optimizer)`; make it from `result.module.parameters()`
     * `calibration`: inputs like the real ones, for what is measured on them (`by = activation`, `compensate`): an
       iterable of batches, each like `example_inputs` and without labels, or one large tensor. It is iterated anew
-      whenever data are needed; what an iterator gives is kept until the last phase has begun
+      whenever data are needed; what an iterator gives is kept until the last phase has begun, or for `finalize`
+      where layers are quantized
     * `seed`: of everything that is drawn
     * `resume`: a checkpoint's `result.state_dict()`, taken up as by `result.load_state_dict`, but from the very
       beginning: what the checkpoint's run removed is removed, whatever the weights here

@@ -18,9 +18,9 @@ def macs_of(kind: str, node: fx.Node, value: Any, value_of: Values) -> int:
     """Multiply-accumulates of `node`, whose value is `value`, in one forward pass at the example's batch size."""
     if kind in _RECURRENT and node.op == "call_module":
         return _recurrent(node, value_of)
-    if kind in _INTEGER:
-        weight = module_of(node).get_parameter("weight")
-        return int(value.numel()) * (weight.numel() // weight.shape[0])
+    if kind in _HOLDERS:
+        shape: Any = module_of(node).shape  # of the weight, which may be packed
+        return int(value.numel() * math.prod(shape[1:]))
     counter = _COUNTERS.get(kind)
     if counter is None:
         return 0
@@ -86,7 +86,9 @@ def _multihead(a: Mapping[str, Any], out: Any, of: Values) -> int:
     return int(projections + 2 * rows_q * sequence * embed + rows_q * embed * embed)
 
 
-_INTEGER = ("int_conv2d", "int_linear")  # they hold their weights; each output element sums over one filter
+# They hold their weights; each output element sums over one filter, of `shape` without its outputs.
+_HOLDERS = ("int_conv2d", "int_linear", "packed_conv2d", "dynamic_linear", "weight_only_linear", "weight_only_conv2d",
+            "cuda_int8_linear", "cuda_int8_weight_linear", "cuda_int4_linear", "sparse24_linear")
 _RECURRENT = ("lstm", "gru", "rnn", "lstm_cell", "gru_cell", "rnn_cell")
 
 

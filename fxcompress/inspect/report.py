@@ -7,8 +7,10 @@ from dataclasses import asdict, dataclass
 from html import escape
 from typing import Any
 
+from ..engine.quantization_rows import Quantization
 from ..render import clean
 from .layers import Layer, Snapshot
+from .quantization import Shown, quantization_of
 from .rows import Dense, Figures, Model, Run, meta_of, name_of, open_model, plan_of, run_of
 from .text import NO_FIGURE, Table, count, macs, size, sparsity, totals
 
@@ -37,21 +39,25 @@ class Row:
 @dataclass(frozen=True)
 class Report:
     """A model as it is, beside the dense one that it was made from and the run that made it, if these are known.
-    `policy` is the policy's text."""
+    `policy` is the policy's text; `quantization` is None for a model without."""
 
     name: str
     after: Snapshot
     before: Dense | None = None
     run: Run | None = None
     policy: str = ""
+    quantization: Quantization | None = None
 
     def __str__(self) -> str:
         """As `show()`."""
         return self.show()
 
     def show(self) -> str:
-        """The report as plain text: totals, each layer with weights or that was touched, what was measured."""
+        """The report as plain text: totals, each layer with weights or that was touched, how it is
+        quantized, what was measured."""
         parts = [f"{clean(self.name)}{self._trained()}\n", self._totals().text(), self._table().text()]
+        if self.quantization is not None:
+            parts.append(Shown(self.quantization).text())
         if self.run is not None and self.run.expects:
             parts.append(self._expects(self.run).text())
         if self.run is not None and self.run.notes:
@@ -92,13 +98,15 @@ class Report:
                       "after": self.after.sizes.to_json()},
             "layers": [{"label": row.label, "kind": row.kind, "before": asdict(row.before) if row.before else None,
                         "after": row.after.to_json() if row.after else None} for row in self.rows()],
+            "quantization": self.quantization.to_json() if self.quantization else None,
         }
 
     def _repr_html_(self) -> str:
         tables = [self._totals(), self._table(), *([self._expects(self.run)] if self.run and self.run.expects else [])]
+        quantized = Shown(self.quantization).html() if self.quantization is not None else ""
         notes = "".join(f"<li>{escape(clean(note))}</li>" for note in (self.run.notes if self.run else ()))
         return (f"<h4>{escape(clean(self.name))}{escape(self._trained())}</h4>{''.join(t.html() for t in tables)}"
-                + (f"<ul>{notes}</ul>" if notes else ""))
+                f"{quantized}" + (f"<ul>{notes}</ul>" if notes else ""))
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -123,4 +131,5 @@ def report(model: Model, before: Model | None = None, name: str | None = None) -
     dense = Dense.of_plan(plan) if plan is not None else None
     if before is not None:
         dense = Dense.of_model(open_model(before))
-    return Report(title, Snapshot.of(opened), dense, run_of(opened), str(meta_of(opened).get("policy") or ""))
+    return Report(title, Snapshot.of(opened), dense, run_of(opened), str(meta_of(opened).get("policy") or ""),
+                  quantization_of(opened))

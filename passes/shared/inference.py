@@ -24,7 +24,7 @@ def bake_evaluation(captured: Captured) -> list[fx.Node]:
             for user in list(node.users):
                 user.args, user.kwargs = _with((user.args, user.kwargs), node, module.eval_value)
             _drop(captured, node)
-        elif _passes_through(node):
+        elif vanishes(node):
             source = arguments(node)["input"]
             changed.update(dict.fromkeys(node.users))
             node.replace_all_uses_with(source)
@@ -37,10 +37,17 @@ def _with(arguments_: Any, node: fx.Node, value: Any) -> Any:
     return fx.node.map_arg(arguments_, lambda arg: value if arg is node else arg)
 
 
-def _passes_through(node: fx.Node) -> bool:
+def vanishes(node: fx.Node) -> bool:
+    """Whether `node` gives back its input in evaluation mode, and is gone from a graph for evaluation alone."""
     if kind_of(node) not in _PASS_THROUGH:
         return False
-    return node.op == "call_module" or arguments(node).get("training") is False
+    if node.op == "call_module":
+        return True
+    training = arguments(node).get("training")
+    if isinstance(training, fx.Node) and training.op == "call_module":
+        switch = module_of(training)
+        return isinstance(switch, ByMode) and switch.eval_value is False
+    return training is False
 
 
 def _drop(captured: Captured, node: fx.Node) -> None:

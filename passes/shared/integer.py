@@ -11,19 +11,23 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import fx
 
 from fxcompress.graph.ops import arguments, kind_of
+from fxcompress.passes.shared.inference import vanishes
 
 Role = Literal["product", "activation", "add", "passes", "joins"]
 
 # Operator -> what it does to integers. Of the activations those that the kernels apply to their own result.
 ROLES: Mapping[str, Role] = {
-    **dict.fromkeys(("conv2d", "linear"), "product"),
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
+                     "linear"), "product"),
     **dict.fromkeys(("relu", "relu6", "hardtanh", "hardswish", "silu"), "activation"),
     "add": "add",
     **dict.fromkeys(("max_pool2d", "reshape", "view", "flatten", "unflatten", "permute", "transpose", "squeeze",
-                     "unsqueeze", "contiguous", "getitem", "chunk", "split", "reorder", "dropout", "dropout2d"),
+                     "unsqueeze", "contiguous", "getitem", "chunk", "split", "reorder", "dropout", "dropout1d",
+                     "dropout2d", "dropout3d", "stochastic_depth"),
                     "passes"),
     **dict.fromkeys(("cat", "stack"), "joins"),
 }
@@ -38,11 +42,12 @@ class Region:
     add: fx.Node | None = None
     other: fx.Node | None = None
     activation: fx.Node | None = None
+    norm: fx.Node | None = None  # that stands between the product and the rest while it trains
 
     @property
     def end(self) -> fx.Node:
         """The node whose value the kernel gives."""
-        return self.activation or self.add or self.product
+        return self.activation or self.add or self.norm or self.product
 
 
 def role_of(node: fx.Node) -> Role | None:
@@ -50,43 +55,50 @@ def role_of(node: fx.Node) -> Role | None:
     return ROLES.get(kind_of(node))
 
 
-def regions_of(products: Iterable[fx.Node]) -> list[Region]:
-    """The region of each product, in their order. An addition belongs to the last product that feeds it."""
+def regions_of(products: Iterable[fx.Node], norms: Mapping[fx.Node, fx.Node] | None = None) -> list[Region]:
+    """The region of each product, in their order. An addition belongs to the last product that feeds it. `norms` has
+    the batch norms behind products that aren't folded yet."""
     taken: dict[fx.Node, Region] = {}
     order = {node: place for place, node in enumerate(next(iter(products)).graph.nodes)} if products else {}
     for product in sorted(products, key=lambda node: -order[node]):
-        taken[product] = _region(product, {region.add for region in taken.values()})
+        taken[product] = _region(product, (norms or {}).get(product), {region.add for region in taken.values()})
     return [taken[product] for product in products]
 
 
-def _region(product: fx.Node, added: set[fx.Node | None]) -> Region:
-    user = _only_user(product)
+def _region(product: fx.Node, norm: fx.Node | None, added: set[fx.Node | None]) -> Region:
+    user, read = _only_user(norm or product)
     if user is None:
-        return Region(product)
+        return Region(product, norm=norm)
     if role_of(user) == "activation":
-        return Region(product, activation=user)
+        return Region(product, activation=user, norm=norm)
     if role_of(user) == "add" and user not in added:
-        other = _other(user, product)
+        other = _other(user, norm or product, read)
         if other is not None:
-            then = _only_user(user)
+            then, _ = _only_user(user)
             fused = then if then is not None and kind_of(then) in AFTER_ADD else None
-            return Region(product, user, other, fused)
-    return Region(product)
+            return Region(product, user, other, fused, norm)
+    return Region(product, norm=norm)
 
 
-def _only_user(node: fx.Node) -> fx.Node | None:
+def _only_user(node: fx.Node) -> tuple[fx.Node | None, fx.Node]:
+    """The node that alone reads `node`, if there is one, and what it reads: that of a dropout is that of its input."""
     users = list(node.users)
-    return users[0] if len(users) == 1 else None
+    while len(users) == 1 and vanishes(users[0]):
+        node, users = users[0], list(users[0].users)
+    return (users[0] if len(users) == 1 else None), node
 
 
-def _other(add: fx.Node, product: fx.Node) -> fx.Node | None:
-    """What is added to the product: a node of the same shape, added once and unscaled; None otherwise."""
+def _other(add: fx.Node, product: fx.Node, read: fx.Node) -> fx.Node | None:
+    """What is added to the product, which is read as `read`: a node of the same shape and type, added once and
+    unscaled; None otherwise."""
     values = arguments(add)
     sides = [values["input"], values["other"]]
-    others = [side for side in sides if side is not product]
+    others = [side for side in sides if side is not read]
     if values.get("alpha", 1) != 1 or len(others) != 1 or not isinstance(others[0], fx.Node):
         return None
-    same = getattr(others[0].meta.get("fxc"), "shape", None) == getattr(product.meta.get("fxc"), "shape", ())
+    one, two = (side.meta.get("fxc") for side in (product, others[0]))
+    same = one is not None and two is not None and (
+        (one.shape, one.dtype, one.dynamic) == (two.shape, two.dtype, two.dynamic))
     return others[0] if same else None
 
 
@@ -98,9 +110,20 @@ def data_of(node: fx.Node) -> list[fx.Node]:
     return [found] if isinstance(found, fx.Node) else []
 
 
+def _moves(node: fx.Node) -> bool:
+    """Whether `node` moves the numbers of others: tensors, or the parts that another one which moves them makes."""
+    data = data_of(node) if role_of(node) in ("passes", "joins") else []
+    return bool(data) and all(isinstance(getattr(source.meta.get("fxc"), "dtype", None), torch.dtype)
+                              or role_of(source) == "passes" for source in data)
+
+
 @dataclass
 class Grids:
-    """Which values lie on one grid. `sources` are the nodes whose values are rounded, each with its grid's number."""
+    """Which values lie on one grid. `sources` are the nodes whose values are rounded, each with its grid's number.
+
+    A sum that nothing reads in integers is computed in float, by the kernel that adds: neither it nor what is added is
+    rounded.
+    """
 
     regions: list[Region]
     sources: dict[fx.Node, int] = field(default_factory=dict)
@@ -108,19 +131,26 @@ class Grids:
 
     def __post_init__(self) -> None:
         """Walks back from everything that a kernel reads to where it is made."""
-        inside = {node for region in self.regions for node in (region.product, region.add, region.activation)
+        inside = {node for region in self.regions
+                  for node in (region.product, region.norm, region.add, region.activation)
                   if node is not None and node is not region.end}
         for region in self.regions:
-            for read in (*data_of(region.product)[:1], region.other):
-                if read is not None and read not in inside:
+            for read in data_of(region.product)[:1]:
+                if read not in inside:
                     self._reach(read, None)
+        waiting = [region for region in self.regions if region.other is not None and region.other not in inside]
+        while due := [region for region in waiting if region.end in self.sources]:
+            for region in due:  # where the sum is wanted in integers, so is what is added
+                assert region.other is not None
+                self._reach(region.other, None)
+            waiting = [region for region in waiting if region not in due]
         self.sources = {node: self._root(grid) for node, grid in self.sources.items()}
 
     def _reach(self, node: fx.Node, grid: int | None) -> None:
         stack: list[tuple[fx.Node, int | None]] = [(node, grid)]
         while stack:
             node, grid = stack.pop()
-            if role_of(node) in ("passes", "joins") and data_of(node):
+            if _moves(node):
                 grid = self._new() if grid is None and role_of(node) == "joins" else grid
                 stack.extend((source, grid) for source in data_of(node))
             elif node not in self.sources:

@@ -46,6 +46,21 @@ def expose(captured: Captured, node: fx.Node, name: str = "weight") -> fx.Node:
     return source
 
 
+def of_parameters(value: object) -> bool:
+    """Whether a value is a parameter or buffer, or is computed from such alone: standardised, transposed, split."""
+    stack, seen = [value], set()
+    while stack:
+        node = stack.pop()
+        if not isinstance(node, fx.Node) or node.op == "placeholder":
+            return False
+        if node not in seen:
+            seen.add(node)
+            if node.op != "get_attr" and not node.all_input_nodes:
+                return False  # drawn at random, or by the mode
+            stack += node.all_input_nodes
+    return True
+
+
 def unexposable(node: fx.Node) -> str | None:
     """Why the module's call `node` can't become a function on its weight, or None."""
     module = module_of(node)

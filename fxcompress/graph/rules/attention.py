@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -122,4 +121,8 @@ def written_out(edit: Edit, node: fx.Node, args: Mapping[str, Any]) -> None:
     out = tensors[f"{path}.out_proj.weight"]
     inner = edit.size(out[1], mha.embed_dim)
     kept_heads = inner // mha.head_dim if edit.flow.split == "heads" else mha.num_heads
-    edit.later.append(partial(write_out, edit.flow.captured, node, mha, kept_heads, inner // kept_heads))
+
+    def later() -> None:
+        write_out(edit.flow.captured, node, mha, kept_heads, inner // kept_heads)
+
+    edit.later.append(later)

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from ...nn.mode import ByMode
 from ..captured import Captured
 from ..coupling_flow import shape_of
 from ..ops import arguments, call
@@ -31,6 +32,13 @@ class _Writer:
         owner = self.captured.module.get_submodule(self.path)
         return self._mark(self.graph.get_attr(f"{self.path}.{name}")) if getattr(owner, name) is not None else None
 
+    def linear(self, name: str, *args: Any) -> fx.Node:
+        """A projection, at a path of its own: there is an empty module, for what passes put beside its weight."""
+        owner = self.captured.module.get_submodule(self.path)
+        if name not in owner._modules:
+            owner.add_module(name, nn.Module().train(owner.training))
+        return self._mark(call(self.graph, "linear", *args), f"{self.path}.{name}")
+
     def module(self, name: str, *args: fx.Node) -> fx.Node:
         return self._mark(self.graph.call_module(f"{self.path}.{name}", args), f"{self.path}.{name}")
 
@@ -42,15 +50,17 @@ class _Writer:
         return new
 
 
-def write_out(captured: Captured, node: fx.Node, mha: nn.MultiheadAttention, heads: int, width: int) -> None:
+def write_out(captured: Captured, node: fx.Node, mha: nn.MultiheadAttention, heads: int,
+              width: int) -> tuple[fx.Node, ...]:
     """Replace the call `node` of `mha`, which keeps `heads` heads of `width`; the scale is that of the old width.
+    Returns the linear layers it becomes: `in_proj`, or `q_proj`, `k_proj` and `v_proj`; and `out_proj`.
 
     The formula is that of Vaswani et al., "Attention Is All You Need", 2017, section 3.2.
     """
     writer, args = _Writer(captured, node), arguments(node)
     with captured.module.graph.inserting_before(node):
         batched = len(shape_of(args["query"])) == 3
-        query, key, value = _projected(writer, args, mha, heads * width)
+        projections, (query, key, value) = _projected(writer, args, mha, heads * width)
         key, value = (_with_learned(writer, part, name, batched, mha)
                       for part, name in ((key, "bias_k"), (value, "bias_v")))
         split = [_split(writer, part, heads, width, batched, mha.batch_first) for part in (query, key, value)]
@@ -62,8 +72,9 @@ def write_out(captured: Captured, node: fx.Node, mha: nn.MultiheadAttention, hea
         if mask is not None and extra:
             mask = writer.call("pad", mask, (0, extra))
         scale = float(mha.head_dim) ** -0.5
-        if mha.dropout == 0.0 and not weights_used:
-            mixed, weights = writer.call("scaled_dot_product_attention", *split, attn_mask=mask, scale=scale), None
+        if not weights_used:
+            mixed, weights = writer.call("scaled_dot_product_attention", *split, attn_mask=mask,
+                                         dropout_p=_rate(writer, mha), scale=scale), None
         else:
             mixed, weights = _explicit(writer, split, mask, scale, mha)
         result = writer.module("out_proj", _joined(writer, mixed, heads * width, batched, mha.batch_first))
@@ -75,15 +86,27 @@ def write_out(captured: Captured, node: fx.Node, mha: nn.MultiheadAttention, hea
         user.replace_all_uses_with(taken)
         captured.module.graph.erase_node(user)
     captured.module.graph.erase_node(node)
-    captured.moved[node.name] = (result.name,)
+    products = (*projections, result)
+    captured.moved[node.name] = tuple(product.name for product in products)
+    return products
 
 
-def _projected(writer: _Writer, args: Mapping[str, Any], mha: nn.MultiheadAttention, inner: int) -> list[fx.Node]:
+def _rate(writer: _Writer, mha: nn.MultiheadAttention) -> fx.Node | float:
+    """The share of attention weights that are dropped in training."""
+    if not mha.dropout:
+        return 0.0
+    mha.add_module("_dropout_p", ByMode(mha.dropout, 0.0).train(mha.training))
+    return writer.module("_dropout_p")
+
+
+def _projected(writer: _Writer, args: Mapping[str, Any], mha: nn.MultiheadAttention,
+               inner: int) -> tuple[list[fx.Node], list[fx.Node]]:
+    """The projections, and what they give: queries, keys and values."""
     sources = [args["query"], args["key"], args["value"]]
     bias = writer.get("in_proj_bias")
     if mha._qkv_same_embed_dim and sources[0] is sources[1] is sources[2]:
-        packed = writer.call("linear", sources[0], writer.get("in_proj_weight"), bias)
-        return _parts(writer, packed, inner, -1)
+        packed = writer.linear("in_proj", sources[0], writer.get("in_proj_weight"), bias)
+        return [packed], _parts(writer, packed, inner, -1)
     biases: list[Any] = [None] * 3 if bias is None else _parts(writer, bias, inner, 0)
     if mha._qkv_same_embed_dim:
         whole = writer.get("in_proj_weight")
@@ -91,8 +114,9 @@ def _projected(writer: _Writer, args: Mapping[str, Any], mha: nn.MultiheadAttent
         weights: list[Any] = _parts(writer, whole, inner, 0)
     else:
         weights = [writer.get(f"{name}_proj_weight") for name in "qkv"]
-    return [writer.call("linear", source, weight, part)
-            for source, weight, part in zip(sources, weights, biases, strict=True)]
+    made = [writer.linear(f"{name}_proj", source, weight, part)
+            for name, source, weight, part in zip("qkv", sources, weights, biases, strict=True)]
+    return made, made
 
 
 def _parts(writer: _Writer, whole: fx.Node, size: int, dim: int) -> list[fx.Node]:

@@ -1,0 +1,80 @@
+"""Running files: each runtime as a function from tensors to tensors, with torch's number of threads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..diagnostics import Diagnostic, PlanError
+from .libraries import need
+
+Run = Callable[[Sequence[Tensor]], list[Tensor]]
+_QUIET = 3  # ONNX Runtime's level of errors: its warnings speak of what its own optimizer left over
+
+
+def onnxruntime(path: str | os.PathLike[str]) -> Run:
+    """Run an ONNX file by ONNX Runtime on the CPU. Raises PlanError: FXC0640 without it, FXC0646 for a file that it
+    can't run."""
+    need("onnxruntime")
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
+    options.log_severity_level = _QUIET
+    try:
+        session = ort.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+    except _errors_of(ort.capi.onnxruntime_pybind11_state) as error:
+        raise _refused("ONNX Runtime", error) from error
+    names = [entry.name for entry in session.get_inputs()]
+
+    def run(inputs: Sequence[Tensor]) -> list[Tensor]:
+        found = session.run(None, dict(zip(names, map(_array, inputs), strict=True)))
+        return [torch.from_numpy(array) for array in found]
+
+    return run
+
+
+def openvino(path: str | os.PathLike[str]) -> Run:
+    """Run an OpenVINO model (or an ONNX file) on the CPU, in float32 where it isn't in integers. Raises PlanError as
+    `onnxruntime` does."""
+    need("openvino")
+    from openvino import Core
+
+    core = Core()
+    try:
+        compiled = core.compile_model(core.read_model(os.fspath(path)), "CPU", {
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(), "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": "f32"})
+    except RuntimeError as error:
+        raise _refused("OpenVINO", error) from error
+    request = compiled.create_infer_request()
+    count = len(compiled.outputs)
+
+    def run(inputs: Sequence[Tensor]) -> list[Tensor]:
+        request.infer(dict(enumerate(map(_array, inputs))), share_inputs=True)
+        return [torch.from_numpy(np.array(request.get_output_tensor(place).data)) for place in range(count)]
+
+    return run
+
+
+def _errors_of(library: Any) -> tuple[type[Exception], ...]:
+    """The exceptions that a C library defines; they have no common base."""
+    return tuple(value for value in vars(library).values() if isinstance(value, type) and issubclass(value, Exception))
+
+
+def _refused(name: str, error: Exception) -> PlanError:
+    words = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return PlanError([Diagnostic("FXC0646", f"{name} can't run this file", notes=tuple(words[:3]),
+                                 help="take the file from its source again, or export it anew")])
+
+
+def _array(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().numpy()
+
+
+RUNTIMES: Mapping[str, Callable[[str | os.PathLike[str]], Run]] = {"onnxruntime": onnxruntime, "openvino": openvino}

@@ -1,0 +1,104 @@
+"""The one adapter to FBGEMM's operators, which take tensors of torch's quantized dtypes.
+
+Outside of this file integers are plain uint8 tensors: here they get a quantized tensor's head on the same memory, and
+lose it again. FBGEMM has less overhead for each call than oneDNN, and multiplies few rows by a matrix much faster.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_Q = torch.ops.quantized
+
+
+@cache
+def available() -> bool:
+    """Whether this build of torch has FBGEMM, and the quantized dtypes, which torch means to take away: it says so
+    once, and that is heard here."""
+    if "fbgemm" not in torch.backends.quantized.supported_engines:
+        return False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        torch._empty_affine_quantized([0], scale=1.0, zero_point=0, dtype=torch.quint8)
+        torch._make_per_channel_quantized_tensor(torch.zeros(1, dtype=torch.int8), torch.ones(1).double(),
+                                                 torch.zeros(1, dtype=torch.int64), 0)
+    return True
+
+
+def as_quantized(q: Tensor, scale: float, zero_point: int) -> Tensor:
+    """A quantized tensor on the memory of `q` (uint8)."""
+    head = torch._empty_affine_quantized([0], scale=scale, zero_point=zero_point, dtype=torch.quint8)
+    return head.set_(q.untyped_storage(), q.storage_offset(), q.shape, q.stride())
+
+
+def as_bytes(quantized: Tensor) -> Tensor:
+    """The integers of a quantized tensor, uint8, on its memory."""
+    return torch.empty(0, dtype=torch.uint8).set_(
+        quantized.untyped_storage(), quantized.storage_offset(), quantized.shape, quantized.stride())
+
+
+def to_bytes(x: Tensor, scale: float, zero_point: int) -> Tensor:
+    """Floats to uint8 (round(x / scale) + zero_point, saturated) in one pass over the memory, in the layout of `x`."""
+    return as_bytes(torch.quantize_per_tensor(x, scale, zero_point, torch.quint8))
+
+
+def to_floats(q: Tensor, scale: float, zero_point: int) -> Tensor:
+    """(q − zero_point) · scale in float32, in one pass."""
+    return as_quantized(q, scale, zero_point).dequantize()
+
+
+def pack_linear(weight: Tensor, scale: Tensor, bias: Tensor | None) -> Any:
+    """Weights of a linear layer, int8 [out, in] with `scale` [out], for `linear` and `linear_to_floats`."""
+    with _engine():
+        return _Q.linear_prepack(_weight(weight, scale), bias)
+
+
+def pack_conv2d(weight: Tensor, scale: Tensor, bias: Tensor | None, stride: list[int], padding: list[int],
+                dilation: list[int], groups: int) -> Any:
+    """Filters, int8 [out, in / groups, kH, kW] with `scale` [out], for `conv2d`."""
+    with _engine():
+        return _Q.conv2d_prepack(_weight(weight, scale), bias, stride, padding, dilation, groups)
+
+
+def linear(q: Tensor, reads: tuple[float, int], packed: Any, gives: tuple[float, int], relu: bool) -> Tensor:
+    """uint8 [..., in] to uint8 [..., out]; `reads` and `gives` are (scale, zero_point)."""
+    run = _Q.linear_relu if relu else _Q.linear
+    return as_bytes(run(as_quantized(q, *reads), packed, *gives))
+
+
+def linear_to_floats(q: Tensor, reads: tuple[float, int], packed: Any, relu: bool) -> Tensor:
+    """uint8 [..., in] to float32 [..., out]. FBGEMM's operator reads floats: what it rounds again is on the grid, and
+    comes out the same."""
+    name = "linear_with_input_q_dq_qweight_dq"
+    run = getattr(_Q, f"{name}_relu_output_fp32" if relu else f"{name}_output_fp32")
+    found: Tensor = run(to_floats(q, *reads), *reads, packed)
+    return found
+
+
+def conv2d(q: Tensor, reads: tuple[float, int], packed: Any, gives: tuple[float, int], relu: bool) -> Tensor:
+    """uint8 [N, C, H, W] to uint8 [N, C', H', W'], both channels-last."""
+    run = _Q.conv2d_relu if relu else _Q.conv2d
+    return as_bytes(run(as_quantized(q, *reads), packed, *gives))
+
+
+def _weight(weight: Tensor, scale: Tensor) -> Tensor:
+    zeros = torch.zeros(len(scale), dtype=torch.int64)
+    return torch._make_per_channel_quantized_tensor(weight.contiguous(), scale.double(), zeros, 0)
+
+
+@contextmanager
+def _engine() -> Iterator[None]:
+    """Packing asks torch's setting which engine to pack for."""
+    was = torch.backends.quantized.engine
+    torch.backends.quantized.engine = "fbgemm"
+    try:
+        yield
+    finally:
+        torch.backends.quantized.engine = was

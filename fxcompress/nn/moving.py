@@ -1,0 +1,140 @@
+"""What brings numbers to integers and back, and what moves, pools and averages integers. On plain uint8 tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from . import fbgemm
+from .integer import Grid, is_fake
+
+
+class ToInteger(nn.Module):
+    """Floats to uint8."""
+
+    fxc_kind: ClassVar[str] = "to_integer"
+
+    def __init__(self, gives: Grid) -> None:
+        """Rounds to the grid `gives`."""
+        super().__init__()
+        self.gives = gives
+        # In float32, as the simulation has it; on the CPU, whatever device modules are being made on.
+        self._inverse = float(1.0 / torch.tensor(gives.scale, dtype=torch.float32, device="cpu"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """uint8, of the shape of `x`; images in the channels-last order that the products want."""
+        gives = self.gives
+        layout = torch.channels_last if x.dim() == 4 else torch.contiguous_format
+        if torch.compiler.is_compiling() or is_fake(x) or x.dtype != torch.float32 or not fbgemm.available():
+            q = ((x * self._inverse).round() + gives.zero_point).clamp(gives.low, gives.high)
+            return q.to(torch.uint8).contiguous(memory_format=layout)
+        q = fbgemm.to_bytes(x.contiguous(memory_format=layout), gives.scale, gives.zero_point)
+        return q if (gives.low, gives.high) == (0, 255) else q.clamp_(gives.low, gives.high)
+
+    def extra_repr(self) -> str:
+        """The grid."""
+        return _shown(self.gives)
+
+
+class ToFloat(nn.Module):
+    """uint8 to float32."""
+
+    fxc_kind: ClassVar[str] = "to_float"
+
+    def __init__(self, reads: Grid) -> None:
+        """Reads integers of the grid `reads`."""
+        super().__init__()
+        self.reads = reads
+
+    def forward(self, q: Tensor) -> Tensor:
+        """float32, of the shape of `q`."""
+        if torch.compiler.is_compiling() or is_fake(q) or not fbgemm.available():
+            return (q.to(torch.float32) - self.reads.zero_point) * self.reads.scale
+        return fbgemm.to_floats(q, self.reads.scale, self.reads.zero_point)
+
+    def extra_repr(self) -> str:
+        """The grid."""
+        return _shown(self.reads)
+
+
+class IntMaxPool2d(nn.Module):
+    """The maximum over windows of uint8 images, first down the columns, then along the rows (`F.max_pool2d` refuses
+    large ones). Padding is zero, the least of integers."""
+
+    fxc_kind: ClassVar[str] = "int_max_pool2d"
+
+    def __init__(self, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+                 dilation: Sequence[int], ceil_mode: bool) -> None:
+        """The settings of `torch.nn.MaxPool2d`, each of two numbers."""
+        super().__init__()
+        self.kernel_size, self.stride = tuple(kernel_size), tuple(stride)
+        self.padding, self.dilation, self.ceil_mode = tuple(padding), tuple(dilation), ceil_mode
+
+    def forward(self, q: Tensor) -> Tensor:
+        """uint8 [N, C, H', W']."""
+        sizes = [self._size(q.shape[2 + axis], axis) for axis in (0, 1)]
+        missing = [self._reach(size, axis) - q.shape[2 + axis] - self.padding[axis] for axis, size in enumerate(sizes)]
+        if any(self.padding) or max(missing) > 0:
+            below, right = (max(0, number) for number in missing)
+            q = nn.functional.pad(q, (self.padding[1], right, self.padding[0], below))
+        for axis in (0, 1):
+            stride, reach = self.stride[axis], (sizes[axis] - 1) * self.stride[axis] + 1
+            taps = [q[:, :, start : start + reach : stride] if axis == 0 else q[:, :, :, start : start + reach : stride]
+                    for start in range(0, self.kernel_size[axis] * self.dilation[axis], self.dilation[axis])]
+            q = taps[0]
+            for tap in taps[1:]:
+                q = torch.maximum(q, tap)
+        return q
+
+    def _size(self, size: int, axis: int) -> int:
+        """The size of the result, as `torch.nn.MaxPool2d` has it: no window begins behind the image and its padding."""
+        spare = size + 2 * self.padding[axis] - self.dilation[axis] * (self.kernel_size[axis] - 1) - 1
+        stride = self.stride[axis]
+        found = -(-spare // stride) + 1 if self.ceil_mode else spare // stride + 1
+        return found - ((found - 1) * stride >= size + self.padding[axis])
+
+    def _reach(self, size: int, axis: int) -> int:
+        """How many places, padding on the left included, `size` windows reach over."""
+        return (size - 1) * self.stride[axis] + self.dilation[axis] * (self.kernel_size[axis] - 1) + 1
+
+
+class IntMean(nn.Module):
+    """The mean over the places of uint8 images, float32: exact sums of integers, scaled once."""
+
+    fxc_kind: ClassVar[str] = "int_mean"
+
+    def __init__(self, reads: Grid, keepdim: bool) -> None:
+        """Reads integers of the grid `reads`; `keepdim` leaves two dimensions of size 1."""
+        super().__init__()
+        self.reads, self.keepdim = reads, keepdim
+
+    def forward(self, q: Tensor) -> Tensor:
+        """float32 [N, C], or [N, C, 1, 1]."""
+        total = q.sum((2, 3), keepdim=self.keepdim, dtype=torch.int32).to(torch.float32)
+        places = q.shape[2] * q.shape[3]
+        return (total - self.reads.zero_point * places) * (self.reads.scale / places)
+
+    def extra_repr(self) -> str:
+        """The grid."""
+        return _shown(self.reads)
+
+
+class Interleave(nn.Module):
+    """Two images of uint8 with equally many channels, their channels in turn: a channel shuffle of two groups. Pairs of
+    bytes are written as 16-bit numbers, the first one low (every CPU with these kernels is little-endian)."""
+
+    fxc_kind: ClassVar[str] = "interleave"
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        """uint8 [N, 2C, H, W], channels-last."""
+        if torch.compiler.is_compiling() or is_fake(first):
+            return torch.stack([first, second], 2).flatten(1, 2)
+        pairs = second.to(torch.int16, memory_format=torch.channels_last).mul_(256).add_(first)
+        return pairs.permute(0, 2, 3, 1).view(torch.uint8).permute(0, 3, 1, 2)
+
+
+def _shown(grid: Grid) -> str:
+    return f"scale={grid.scale:.4g}, zero_point={grid.zero_point}"
