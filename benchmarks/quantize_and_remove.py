@@ -45,8 +45,7 @@ def table(rows: list[Row]) -> str:
         peer, ours = max(speeds[name] or 0.0 for name in DENSE_PEERS), speeds[SUM]
         if peer and ours is not None:
             verdicts.append(f"{ours / peer:.2f} at batch {batch}")
-    said = ("" if not verdicts else " Removed and quantized by one policy, over the best peer's int8 of the dense model: "
-            f"x {', x '.join(verdicts)}.")
+    said = f" Our last over the best peer's int8 of the dense model: x {', x '.join(verdicts)}." if verdicts else ""
     return markdown(["resnet50", "batch", "ms", "speed over fp32 eager"], lines) + (
         "\n\nMedians of paired ratios in one run, in brackets their quartiles; one pinned core, one thread, 224 x 224. "
         f"Untrained weights: what is measured is time.{said}")

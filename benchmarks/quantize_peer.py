@@ -110,10 +110,12 @@ def static_onnx_file(job: Job) -> Path:
     def make(path: Path) -> None:
         from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
+        # Of a transformer only what has weights: ranges that hold an attention mask's -3e38 make nonsense of the rest.
+        products = {"op_types_to_quantize": ["MatMul", "Gemm", "Conv"], "extra_options": {"MatMulConstBOnly": True}}
         CalibrationDataReader.register(Reader)
         quantize_static(str(tidy_onnx_file(job)), str(path), Reader(job), quant_format=QuantFormat.QDQ,
                         per_channel=True, reduce_range=True, activation_type=QuantType.QUInt8,
-                        weight_type=QuantType.QInt8)
+                        weight_type=QuantType.QInt8, **(products if job.transformer else {}))
 
     return cached(job.file("static.onnx", "onnxscript", "onnxruntime"), make)
 

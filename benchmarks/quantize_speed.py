@@ -153,7 +153,7 @@ def _grid(pairs: Mapping[Pair, Mapping[str, Row]], shown: Mapping[str, tuple[str
     whole = [place for place in range(len(pairs)) if all(values[head][place] is not None for head in shown)]
     lines.append(["geometric mean", "", "", *(
         geometric([None if row is None else float(row[key]) for row in values[head]]) for head in shown)])
-    if len(whole) < len(pairs):
+    if 0 < len(whole) < len(pairs):
         lines.append([f"of the {len(whole)} lines without a gap", "", "", *(
             geometric([float(row[key]) for row in (values[head][place] for place in whole) if row is not None])
             for head in shown)])

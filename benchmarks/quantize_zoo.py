@@ -112,6 +112,7 @@ SUBJECTS: Mapping[str, Subject] = {
         "resnet18", "resnext50_32x4d", "mobilenet_v2", "mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1",
         "densenet121", "googlenet", "efficientnet_b0", "mnasnet0_5", "regnet_y_400mf", "convnext_tiny", "vgg11_bn")},
     "inception_v3": _torchvision("inception_v3", 96), "swin_t": _torchvision("swin_t"),
+    "swin_v2_t": _torchvision("swin_v2_t"),
     "vit_b_16": _torchvision("vit_b_16", 32, image_size=32),
     "deeplabv3_mobilenet_v3_large": _torchvision("deeplabv3_mobilenet_v3_large", weights_backbone=None),
     **{f"timm/{name}": _timm(name) for name in (

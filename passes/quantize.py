@@ -2,42 +2,116 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from fxcompress.diagnostics import Diagnostic, PolicyError
 from fxcompress.passbase import Facet, Pass, param
-from fxcompress.policy.types import Bits, Boolean, CallOf, Choice, OneOf, Percent, Registered
-from fxcompress.policy.values import Call
+from fxcompress.policy.types import Bits, Boolean, CallOf, Choice, Integer, OneOf, Percent, Registered, Time
+from fxcompress.policy.values import Call, Duration
 
 if TYPE_CHECKING:
     from fxcompress.graph.captured import Captured
     from fxcompress.graph.site import Outcome, Site
 
 
+MODES = ("static", "dynamic", "qat", "weight_only")
+# Key -> the modes it says something in; elsewhere it has to stay as it is by default.
+MEANT: Mapping[str, tuple[str, ...]] = {
+    "bits": ("static", "dynamic", "qat"), "dtype": ("static", "qat"), "activations": ("dynamic",),
+    "observer": ("static", "qat"), "delay": ("qat",), "freeze": ("qat",),
+    "equalize": ("static",), "smooth": ("static", "dynamic"), "adaround": ("static", "weight_only"),
+    "gptq": ("static", "dynamic", "weight_only"), "correct_bias": ("static",), "mixed": ("static",),
+}
+RECOVERIES = ("equalize", "smooth", "adaround", "gptq", "correct_bias", "mixed")  # what data can win back
+
+
 @dataclass(frozen=True)
 class Quantize(Pass):
     """Compute the selected layers in integers: batch norms are folded, activations fused, and what layers read and give
-    is rounded to a grid that calibration finds; `finalize` replaces them by integer kernels. Of `multihead_attention`
-    the projections are quantized, as linear layers: select `linear | multihead_attention` for all of a transformer."""
+    is rounded to a grid that calibration, training or the values themselves find; `finalize` replaces them by integer
+    kernels. Of `multihead_attention` the projections are quantized, as linear layers: select
+    `linear | multihead_attention` for all of a transformer."""
 
     verb: ClassVar[str] = "quantize"
     facet: ClassVar[Facet] = Facet.NUMERIC
     kinds: ClassVar[tuple[str, ...]] = ("conv2d", "linear", "multihead_attention", "conv1d", "conv3d",
-                                        "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "addmm")
+                                        "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "addmm",
+                                        "embedding")
 
+    mode: str = param(
+        Choice(MODES), "`static`: ranges from calibration data; `dynamic`: those of what linear layers read are found "
+        "when they run; `qat`: rounding is trained with; `weight_only`: weights are held as integers, values stay "
+        "floats", "static")
     bits: int | None = param(
         Bits(low=2, high=8), "of the integers that layers read and give, which kernels hold in bytes; without it 8, or "
         "7 where the CPU's products of bytes saturate (no VNNI instructions)", None)
-    weight_bits: int = param(Bits(low=2, high=8), "of the weights' integers, which kernels hold in bytes", 8)
-    granularity: str = param(Choice(("per_channel", "per_tensor")), "one scale for each output of a weight, or one for "
-                             "all of it", "per_channel")
-    symmetric: bool = param(Boolean(), "give values of both signs a range as long on both sides of zero", False)
+    weight_bits: int = param(Bits(low=2, high=8), "of the weights' integers, which kernels hold in bytes; those of "
+                             "`weight_only` two in a byte up to 4 bits", 8)
+    dtype: str = param(Choice(("quint8", "qint8")), "whether the integers of values count from 0, or from the negative "
+                       "half; it is the same grid, and kernels count from 0", "quint8")
+    granularity: str | Call = param(
+        OneOf((Choice(("per_channel", "per_tensor")), CallOf("per_group", (Integer(low=2),)))),
+        "one scale for each output of a weight, for all of it, or for that many neighbours along the inputs of an "
+        "output (in `weight_only`, and for linear layers in `dynamic`)", "per_channel")
+    activations: str = param(Choice(("per_tensor", "per_token")), "in `dynamic`, one range for all that a layer reads, "
+                             "or one for each row of it", "per_tensor")
+    symmetric: bool = param(Boolean(), "give values of both signs a range as long on both sides of zero; in "
+                            "`weight_only`, weights", False)
+    calibrate: Duration | None = param(Time(("samples",)), "how many inputs of the calibration data of `compile` are "
+                                       "looked at; without it all", None)
+    delay: float = param(Percent(), "in `qat`, the share of the phase that trains in floats, while ranges are watched",
+                         0.0)
+    freeze: float = param(Percent(), "in `qat`, the share of the phase after which ranges and the statistics of batch "
+                          "norms stay as they are", 0.75)
     observer: str | Call = param(
         OneOf((Registered("OBSERVERS"), CallOf("percentile", (Percent(),)))),
         "how the range of what layers read and give is found in the calibration data", "histogram")
     weight_observer: str | Call = param(
         OneOf((Registered("OBSERVERS"), CallOf("percentile", (Percent(),)))),
         "how the range of a weight is found in its values", "minmax")
+    equalize: bool = param(Boolean(), "scale the channels between two layers, so that none wastes the range it shares "
+                           "with others", False)
+    smooth: float = param(Percent(), "how much of the outliers of what linear layers read behind a norm goes over into "
+                          "their weights: 50% is usual", 0.0)
+    adaround: bool = param(Boolean(), "learn on calibration data which weights are rounded up, and which down", False)
+    gptq: bool = param(Boolean(), "round weights one input after the other, so that those to come make up for the error "
+                       "on calibration data", False)
+    correct_bias: bool = param(Boolean(), "take off biases what rounding shifts means by, on calibration data", False)
+    mixed: float = param(Percent(), "the share of the selected layers' multiply-accumulates that may stay in float: the "
+                         "layers that lose the most by rounding, each tried on calibration data", 0.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        problems = [*self._meaningless(), *self._group_problems()]
+        if self.delay > self.freeze:
+            problems.append(Diagnostic("FXC0373", "ranges would be frozen before anything is rounded: `delay` is later "
+                                       "than `freeze`", help="let `delay` end first: both are shares of the phase"))
+        if self.adaround and self.gptq:
+            problems.append(Diagnostic("FXC0375", "`adaround` and `gptq` both decide how weights are rounded",
+                                       help="choose one: `gptq` for linear layers, `adaround` for convolutions"))
+        if problems:
+            raise PolicyError(problems)
+
+    @property
+    def group(self) -> int:
+        """How many weights of an output share a scale; 0 where it isn't `per_group`."""
+        return int(str(self.granularity.args[0])) if isinstance(self.granularity, Call) else 0
+
+    def _meaningless(self) -> Iterator[Diagnostic]:
+        defaults = {parameter.name: parameter.default for parameter in self.parameters()}
+        for key, modes in MEANT.items():
+            if self.mode not in modes and getattr(self, key) != defaults[key]:
+                yield Diagnostic("FXC0371", f"`{key}` says nothing in `mode = {self.mode}`", notes=(
+                    f"it is for {' and '.join(f'`{mode}`' for mode in modes)}",),
+                    help=f"leave `{key}` out, or choose another mode")
+
+    def _group_problems(self) -> Iterator[Diagnostic]:
+        if self.group and self.mode not in ("weight_only", "dynamic"):
+            yield Diagnostic("FXC0372", f"`granularity = {self.granularity}` has no kernel in `mode = {self.mode}`",
+                             notes=("a product of integers is summed over all inputs before it is scaled",),
+                             help="use `per_channel`, or `mode = weight_only` or `dynamic`")
 
     def rewrite(self, graph: Captured, site: Site) -> Outcome:
         """Fold, fuse and insert the quantizers. Raises PlanError: FXC0370 where nothing selected can be quantized."""

@@ -462,3 +462,21 @@ def test_weights_computed_from_parameters(inner: bool) -> None:
     small = result.finalize(target="cpu")
     assert kinds(small).count("int_linear") == 3 and apart(small(x), model(x)) < 0.05
     assert apart(small(x), result.module.eval()(x)) < 0.02
+
+
+def test_layers_on_constants_are_calibrated() -> None:
+    """The biases of Swin v2's windows are computed from a table of coordinates, by layers."""
+    class Biased(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.place = nn.Linear(8, 8), nn.Linear(2, 8)
+            self.register_buffer("table", noise(4, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) * self.place(self.table)
+
+    torch.manual_seed(0)
+    model, x = Biased().eval(), noise(3, 4, 8)
+    result = fxcompress.compile("policy p { quantize linear { granularity = per_tensor } }", model, x, calibration=[x])
+    small = result.finalize(target="cpu")
+    assert kinds(small).count("int_linear") == 2 and apart(small(x), model(x)) < 0.05

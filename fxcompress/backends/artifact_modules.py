@@ -19,6 +19,10 @@ from torchvision.ops import StochasticDepth
 from ..graph.modules import keeps_forward, leaf_of
 from ..nn import (
     ByMode,
+    DynamicLinear,
+    DynamicQuantizer,
+    FreezingBatchNorm1d,
+    FreezingBatchNorm2d,
     IntConv2d,
     Interleave,
     IntLinear,
@@ -30,6 +34,11 @@ from ..nn import (
     Reorder,
     ToFloat,
     ToInteger,
+    TrainedQuantizer,
+    WeightOnlyConv2d,
+    WeightOnlyEmbedding,
+    WeightOnlyLinear,
+    WeightQuantizer,
 )
 from ..nn.cuda import CudaInt8Linear, Sparse24Linear, ToInt8
 from ..nn.cuda_weights import CudaInt4Linear, CudaInt8WeightLinear
@@ -119,6 +128,9 @@ _RECORDS: Mapping[str, Callable[[Cursor], Any]] = {
 }
 SCHEME, GRID, READS, AFTER = _plainly("scheme"), _plainly("gives"), _plainly("reads"), _plainly("after")
 _PRODUCT = {"shape": NUMBERS, "has_bias": FLAG, "reads": READS, "after": AFTER}
+_QUANTIZER = {"scheme": SCHEME, "rows": WHOLE, "axis": WHOLE_OR_NONE, "observer": WORD, "on": FLAG,
+              "arguments": Argument(lambda c: tuple(item.number() for item in c.items(8)))}
+_WEIGHT_ONLY = {"shape": NUMBERS, "has_bias": FLAG, "bits": WHOLE, "group": WHOLE, "symmetric": FLAG}
 _CONV = {"in_channels": WHOLE, "out_channels": WHOLE, "kernel_size": NUMBERS, "stride": NUMBERS, "padding": PADDING,
          "dilation": NUMBERS, "groups": WHOLE, "bias": BIAS, "padding_mode": WORD}
 _CONV_T = _CONV | {"padding": NUMBERS, "output_padding": NUMBERS}
@@ -175,9 +187,18 @@ def _rows() -> Iterable[SavedClass]:
     yield SavedClass(Mask, {"shape": Argument(_numbers, lambda m: tuple(cast(Mask, m).mask.shape)),
                             "evidence": Argument(lambda c: c.choice(EVIDENCE), lambda m: m.collects)})
     yield SavedClass(Reorder, {"dim": WHOLE, "order": Argument(_places)})
-    yield SavedClass(Quantizer, {
-        "scheme": SCHEME, "rows": WHOLE, "axis": WHOLE_OR_NONE, "observer": WORD, "on": FLAG,
-        "arguments": Argument(lambda c: tuple(item.number() for item in c.items(8)))})
+    yield SavedClass(Quantizer, _QUANTIZER)
+    yield SavedClass(WeightQuantizer, _QUANTIZER | {"group": WHOLE})
+    yield SavedClass(TrainedQuantizer, _QUANTIZER | {"averages": FLAG, "eps": REAL})
+    yield SavedClass(FreezingBatchNorm1d, _BATCH)
+    yield SavedClass(FreezingBatchNorm2d, _BATCH)
+    yield SavedClass(DynamicQuantizer, {"scheme": SCHEME, "per_token": FLAG, "on": FLAG})
+    yield SavedClass(DynamicLinear, {"shape": NUMBERS, "has_bias": FLAG, "scheme": SCHEME, "per_token": FLAG,
+                                     "group": WHOLE})
+    yield SavedClass(WeightOnlyLinear, _WEIGHT_ONLY)
+    yield SavedClass(WeightOnlyEmbedding, _WEIGHT_ONLY)
+    yield SavedClass(WeightOnlyConv2d, _WEIGHT_ONLY | {"stride": NUMBERS, "padding": PADDING, "dilation": NUMBERS,
+                                                       "groups": WHOLE})
     yield SavedClass(ToInteger, {"gives": GRID})
     yield SavedClass(ToFloat, {"reads": READS})
     yield SavedClass(IntMaxPool2d, {"kernel_size": NUMBERS, "stride": NUMBERS, "padding": NUMBERS, "dilation": NUMBERS,

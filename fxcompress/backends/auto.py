@@ -18,6 +18,7 @@ from ..graph.interpret import evaluating
 from ..graph.timing import latencies
 from ..graph.trace_errors import RAISED_BY_MODELS
 from .auto_saved import read, write
+from .compiled import Frozen
 from .libraries import need
 from .onnx_file import write_onnx
 from .openvino_file import convert
@@ -133,10 +134,7 @@ def _eager(module: fx.GraphModule) -> Callable[..., Any]:
 
 
 def _compiled(module: fx.GraphModule) -> Callable[..., Any]:
-    """By Inductor, with weights as constants, so that they are packed once."""
-    made: Any = torch.compile(module, options={"freezing": True})
-    called: Callable[..., Any] = made.__call__
-    return called
+    return Frozen(module._call_impl)
 
 
 _COMPILE: Mapping[str, Callable[[fx.GraphModule], Callable[..., Any]]] = {"eager": _eager, "compiled": _compiled}

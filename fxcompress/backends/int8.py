@@ -16,13 +16,15 @@ from ..graph.provenance import inherit
 from ..nn.affine import quantize
 from ..nn.integer import FLOATS, After, Grid, IntConv2d, IntLinear
 from ..nn.moving import Interleave, ToFloat, ToInteger
-from ..nn.quantizer import Quantizer
+from ..nn.quantizer import Quantizer, WeightQuantizer
 from ..passes.shared.calibrating import quantizers_of
 from ..passes.shared.integer import Region, data_of, regions_of, role_of
 from ..passes.shared.masking import is_there
+from .dynamic import lower_dynamic
 from .int8_moves import READS_SIZES, interleaved, max_pool, mean, pair
 from .post_ops import post_op
 from .settling import settle
+from .weight_only import lower_weight_only
 
 KERNELS = ("conv2d", "linear")  # kinds of layers that there are integer kernels for
 KERNEL_BITS = 8  # of the integers that kernels read and give: narrower ones are left to the simulation
@@ -59,6 +61,8 @@ class _Lowering:
 
     def run(self) -> None:
         graph = self.captured.graph
+        lower_dynamic(self.captured, self.done)
+        lower_weight_only(self.captured, self.done)
         products = [node for node in graph.nodes if role_of(node) == "product" and _on_weight(node)]
         self.done.left |= {node.name: f"there is no integer kernel for {kind_of(node)}"
                            for node in products if kind_of(node) not in KERNELS}
@@ -86,8 +90,9 @@ class _Lowering:
         """Integers for what a quantizer rounds: of the kernel in front of it, or of floats."""
         source, scheme = node.args[0], quantizer.scheme
         assert isinstance(source, fx.Node)
-        grid = Grid(float(quantizer.scale), int(quantizer.zero_point), scheme.low, scheme.high)
-        if source in ends and not scheme.signed and self._emit(ends[source], grid, node):
+        up = -scheme.low  # kernels count from zero: `qint8` is the same grid
+        grid = Grid(float(quantizer.scale), int(quantizer.zero_point) + up, 0, scheme.high + up)
+        if source in ends and self._emit(ends[source], grid, node):
             return
         self._take(node, self._call(ToInteger(grid), f"{node.name}_to_integer", node, (source,), node), grid)
 
@@ -179,8 +184,8 @@ class _Lowering:
         order = {node: place for place, node in enumerate(self.captured.graph.nodes)}
         for node in self.done.kernels.values():
             module = module_of(node)
-            assert isinstance(module, IntConv2d | IntLinear)
-            if len(node.args) > 1 and isinstance(other := node.args[1], fx.Node):
+            if isinstance(module, IntConv2d | IntLinear) and len(node.args) > 1 and (
+                    isinstance(other := node.args[1], fx.Node)):
                 aliases = _aliases(other)
                 later = any(order[user] > order[node] for alias in aliases for user in alias.users)
                 lent = any(alias.op in ("placeholder", "get_attr") or kind_of(alias) == "expand" for alias in aliases)
@@ -210,7 +215,9 @@ def _on_weight(node: fx.Node) -> Quantizer | None:
     """The quantizer on the weight of a product, if it can be int8."""
     weight = arguments(node).get("weight")
     found = module_of(weight) if isinstance(weight, fx.Node) and weight.op == "call_module" else None
-    return found if isinstance(found, Quantizer) and found.on and found.scheme.bits <= KERNEL_BITS else None
+    if not isinstance(found, Quantizer) or isinstance(found, WeightQuantizer):
+        return None
+    return found if found.on and found.scheme.bits <= KERNEL_BITS else None
 
 
 def _kernel(captured: Captured, node: fx.Node, reads: Grid, after: After) -> IntConv2d | IntLinear:

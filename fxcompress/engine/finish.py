@@ -20,6 +20,8 @@ from ..graph.timing import TOLERANCE, latency
 from ..graph.verify import Before, verify
 from ..passes.shared.inference import bake_evaluation
 from ..passes.shared.masking import remove_masks
+from ..passes.shared.recovery_mixed import drop_left
+from ..passes.shared.training_rounds import fold_training
 from ..plan.budgets import judge
 from ..plan.model import Totals
 from ..plan.totals import totals_of
@@ -53,6 +55,17 @@ def take_training_off(captured: Captured) -> None:
     """Remove what only acts in training (dropout, stochastic depth, switches of the mode), in place and verified."""
     _rewritten(captured, bake_evaluation,
                Origin("finalize", "python", "result.finalize()", "(end)", "reads past a dropout"))
+
+
+def take_norms_in(captured: Captured) -> None:
+    """Fold the batch norms that quantizers counted in while they trained, in place and verified."""
+    _rewritten(captured, fold_training,
+               Origin("finalize", "python", "result.finalize()", "(end)", "rounds with the range that training left"))
+
+
+def leave_in_float(captured: Captured) -> None:
+    """Take out the quantizers of layers that stay in float (`mixed`), in place and verified."""
+    _rewritten(captured, drop_left, Origin("finalize", "python", "result.finalize()", "(end)", "stays in float"))
 
 
 def _rewritten(captured: Captured, rewrite: Callable[[Captured], Iterable[fx.Node]], origin: Origin) -> None:
@@ -97,6 +110,8 @@ def finish(captured: Captured, policy: Policy, baseline: Baseline, lets: Mapping
     final = captured.copy()
     take_masks_off(final, fold=True)
     take_training_off(final)
+    take_norms_in(final)
+    leave_in_float(final)
     final.module.zero_grad(set_to_none=True)
     final.module.eval()
     final = replace(final, module=final.module.to(target), example=_moved(final.example, target))

@@ -17,7 +17,7 @@ from ..graph.comparing import inputs_of
 from ..graph.interpret import evaluating, values_of
 from ..graph.ops import kind_of, module_of
 from ..nn import IntConv2d, IntLinear
-from ..passes.shared.calibrating import uncalibrated, without_rounding
+from ..passes.shared.calibrating import uncalibrated, unrecovered, without_rounding
 from ..passes.shared.integer import regions_of
 from .measure import tensors_in
 
@@ -34,12 +34,19 @@ def is_quantized(captured: Captured) -> bool:
 
 
 def require_ranges(captured: Captured) -> None:
-    """Raise PlanError (FXC0572) where quantizers have no range yet."""
+    """Raise PlanError: FXC0572 where quantizers have no range yet, FXC0575 where layers wait for data to be recovered on."""
     bare = uncalibrated(captured)
     if bare:
         raise PlanError([Diagnostic(
             "FXC0572", "the model is quantized and not calibrated",
             notes=(f"without a range: {', '.join(bare[:8])}{f' and {len(bare) - 8} more' if len(bare) > 8 else ''}",),
+            help="show it data, `result.calibrate(batches)`, or give `calibration=` to `compile`")])
+    waiting = unrecovered(captured)
+    if waiting:
+        raise PlanError([Diagnostic(
+            "FXC0575", "what should win accuracy back has had no calibration data",
+            notes=(f"it was asked for {', '.join(waiting[:8])}"
+                   f"{f' and {len(waiting) - 8} more' if len(waiting) > 8 else ''}",),
             help="show it data, `result.calibrate(batches)`, or give `calibration=` to `compile`")])
 
 
@@ -80,7 +87,8 @@ def _apart(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 def _culprit(simulated: Captured, lowered: Captured, done: Lowered, inputs: Sequence[Any]) -> list[str]:
     """The first kernel whose integers, read as floats, lie more than a step apart from the simulation's."""
     wanted = {str(node.name): name for name, node in done.kernels.items()}
-    promised = _ends(simulated, set(done.kernels))
+    fused = {name for name, node in done.kernels.items() if isinstance(module_of(node), IntConv2d | IntLinear)}
+    promised = _ends(simulated, fused) | {name: name for name in done.kernels if name not in fused}
     expected: dict[str, Tensor] = {}
     with evaluating(simulated.module):
         for node, value in values_of(fx.Interpreter(simulated.module), inputs):
@@ -92,8 +100,7 @@ def _culprit(simulated: Captured, lowered: Captured, done: Lowered, inputs: Sequ
             if name is None or name not in expected:
                 continue
             module = module_of(node)
-            assert isinstance(module, IntConv2d | IntLinear)
-            gives = module.after.gives
+            gives = module.after.gives if isinstance(module, IntConv2d | IntLinear) else None
             step = gives.scale if gives is not None else float(expected[name].abs().max()) / 255
             found = (value.float() - gives.zero_point) * gives.scale if gives is not None else value
             if float((found - expected[name]).abs().mean()) > _STEPS * step:
@@ -104,7 +111,8 @@ def _culprit(simulated: Captured, lowered: Captured, done: Lowered, inputs: Sequ
 def _ends(simulated: Captured, products: set[str]) -> dict[str, str]:
     """By the name of the node that holds what a kernel gives in the simulation, the name of its product."""
     found = {}
-    for region in regions_of([node for node in simulated.graph.nodes if node.name in products]):
+    nodes = [node for node in simulated.graph.nodes if node.name in products]
+    for region in regions_of(nodes) if nodes else ():
         rounding = [user for user in region.end.users if kind_of(user) == "quantizer"]
         found[(rounding or [region.end])[0].name] = region.product.name
     return found

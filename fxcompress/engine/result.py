@@ -13,6 +13,7 @@ from torch import fx
 from torch.optim import Optimizer
 
 from ..backends.auto import Deployed
+from ..backends.compiled import compile_in_place
 from ..diagnostics import Diagnostic, Label, PlanError
 from ..graph.calibration import Calibration
 from ..graph.captured import Captured
@@ -119,7 +120,7 @@ class Result:
         if not is_quantized(self.captured):
             raise PlanError([Diagnostic("FXC0574", "there is nothing to calibrate: no layer is quantized now",
                                         help="calibrate once the phase has begun that quantizes")])
-        calibrate(self.captured, replace(data, watch=watcher(progress)))
+        self._notes += calibrate(self.captured, replace(data, watch=watcher(progress)))
         self._executor.calibration = data
 
     def follow(self, optimizer: Optimizer) -> Optimizer:
@@ -162,14 +163,18 @@ class Result:
         return self.module
 
     @overload
-    def finalize(self, target: str | None = None) -> fx.GraphModule: ...
+    def finalize(self, target: str | None = None, *, compile: bool = False) -> fx.GraphModule: ...
 
     @overload
     def finalize(self, target: str | None = None, *, data: object) -> Deployed: ...
 
-    def finalize(self, target: str | None = None, *, data: object = None) -> fx.GraphModule | Deployed:
+    def finalize(self, target: str | None = None, *, data: object = None,
+                 compile: bool = False) -> fx.GraphModule | Deployed:
         """A new GraphModule for `target` (that of the policy by default) with nothing left of training: masks are
-        zeros in the weights, `state_dict` has the model's keys, and it is in evaluation mode. `module` stays as it is.
+        zeros in the weights, norms are folded into the layers before them (`state_dict` has the other keys of the
+        model), convolutions are packed, quantized layers compute in integers, and it is in evaluation mode. It is not
+        for training; `module` stays as it is. With `compile` its calls are compiled by Inductor, at the first one with
+        inputs of a shape.
 
         A ramp that is short of its end is applied as far as it came; that is a warning (FXC0524), issued and kept in
         `warnings`.
@@ -200,7 +205,8 @@ class Result:
                 warnings.warn(found.message, stacklevel=2)
         if data is None:
             finished = self._finished(self.captured, self.policy, device)
-            return self._with_report(finished, finished.notes, {})
+            module = self._with_report(finished, finished.notes, {})
+            return compile_in_place(module) if compile else module
         choice = choose(self.captured, self.policy, self._baseline, partial(self._finished, device="cpu"),
                         lambda captured: Measuring(captured, self._baseline, self._executor.first_lets), data)
         assert choice.deployed.table is not None

@@ -73,10 +73,12 @@ Place = tuple[fx.Node, int]  # a node whose value is a tensor, and the dimension
 
 @dataclass(frozen=True)
 class Calibration:
-    """Batches that can be run through over and over. Use `of`. What runs through them goes by `watch`."""
+    """Batches that can be run through over and over, or the first `samples` inputs in them. Use `of`. What runs through
+    them goes by `watch`."""
 
     batches: Iterable[object]
     watch: Watch | None = None
+    samples: int | None = None
 
     @classmethod
     def of(cls, batches: object, captured: Captured) -> Calibration:
@@ -116,14 +118,19 @@ class Calibration:
         """
         wanted = _upstream(collectors)
         device = device_of(captured.module, captured.example)
-        run = fx.Interpreter(captured.module)
+        run, left = fx.Interpreter(captured.module), self.samples
         with evaluating(captured.module):
             for number, batch in enumerate(self.batches if self.watch is None else self.watch(self.batches), 1):
                 inputs = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf,
                                   inputs_of(captured, batch, number))
+                if left is not None:
+                    inputs, count = _shortened(captured, inputs, left)
+                    left -= count
                 for node, value in _guarded(run, inputs, wanted, number):
                     for collector in collectors.get(node, ()):
                         collector.see(value)
+                if left is not None and left <= 0:
+                    break
 
     def moments(self, captured: Captured, places: Iterable[Place]) -> dict[Place, Moments]:
         """The moments of the channels at each of `places`, all from one run over the data.
@@ -141,6 +148,16 @@ class Calibration:
                 raise _unfit(f"on the calibration data `{node.name}` gives infinite values, or none that are numbers",
                              "look for broken samples")
         return found
+
+
+def _shortened(captured: Captured, inputs: list[Any], samples: int) -> tuple[list[Any], int]:
+    """What each placeholder gets of the first `samples` of a batch, and how many these are: all of it where the model
+    takes batches of one size."""
+    count = next((len(leaf) for leaf in inputs if isinstance(leaf, Tensor) and leaf.dim()), samples)
+    if captured.fixed_batch or count <= samples:
+        return inputs, count
+    return tree_map(lambda leaf: leaf[:samples] if isinstance(leaf, Tensor) and leaf.shape[:1] == (count,) else leaf,
+                    inputs), samples
 
 
 def inputs_of(captured: Captured, batch: object, number: int = 1) -> list[Any]:

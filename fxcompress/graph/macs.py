@@ -86,9 +86,9 @@ def _multihead(a: Mapping[str, Any], out: Any, of: Values) -> int:
     return int(projections + 2 * rows_q * sequence * embed + rows_q * embed * embed)
 
 
-# They hold their weights; each output element sums over one filter.
-_HOLDERS = ("int_conv2d", "int_linear", "packed_conv2d", "cuda_int8_linear", "cuda_int8_weight_linear",
-            "cuda_int4_linear", "sparse24_linear")
+# They hold their weights; each output element sums over one filter, of `shape` without its outputs.
+_HOLDERS = ("int_conv2d", "int_linear", "packed_conv2d", "dynamic_linear", "weight_only_linear", "weight_only_conv2d",
+            "cuda_int8_linear", "cuda_int8_weight_linear", "cuda_int4_linear", "sparse24_linear")
 _RECURRENT = ("lstm", "gru", "rnn", "lstm_cell", "gru_cell", "rnn_cell")
 
 

@@ -57,3 +57,43 @@ class Quantizer(nn.Module):
         sign = "qint" if self.scheme.signed else "quint"
         return f"{sign}{self.scheme.bits}" + (f", axis={self.axis}" if self.axis is not None else "") + (
             "" if self.on else ", without a range")
+
+
+class WeightQuantizer(Quantizer):
+    """Rounds a weight whose layer reads floats, or rounds what it reads when it runs. With `group` each `group`
+    neighbours along the inputs of an output share a scale (the last of a row may be fewer); `rows` counts all scales.
+    `weight` is [out, ...]: what follows the outputs is taken in order, as the layer multiplies it."""
+
+    def __init__(self, scheme: Scheme, rows: int = 1, axis: int | None = None, observer: str = "minmax",
+                 arguments: tuple[float, ...] = (), on: bool = False, group: int = 0,
+                 device: torch.device | None = None) -> None:
+        """`group` is 0 for none; with one, `axis` is 0."""
+        super().__init__(scheme, rows, axis, observer, arguments, on, device)
+        self.group = group
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` rounded, of the same shape and dtype."""
+        if not self.group or not self.on:
+            return super().forward(x)
+        rounded = torch.fake_quantize_per_channel_affine(
+            in_groups(x, self.group).flatten(0, 1), self.scale, self.zero_point, 0, self.scheme.low, self.scheme.high)
+        return rounded.reshape(len(x), -1)[:, : x[0].numel()].reshape(x.shape)
+
+    def in_rows(self, x: Tensor) -> Tensor:
+        """`x` as [rows, n]: one row for each scale; zeros fill up the last group of an output."""
+        return in_groups(x.detach(), self.group).flatten(0, 1) if self.group else super().in_rows(x)
+
+    def extra_repr(self) -> str:
+        """The integers, the axis or the group, and whether it has a range."""
+        return super().extra_repr() + (f", group={self.group}" if self.group else "")
+
+
+def in_groups(weight: Tensor, group: int) -> Tensor:
+    """`weight` [out, ...] as [out, groups, group], filled up with zeros."""
+    rows = weight.flatten(1)
+    return torch.nn.functional.pad(rows, (0, -rows.shape[1] % group)).unflatten(1, (-1, group))
+
+
+def groups_of(inputs: int, group: int) -> int:
+    """How many groups there are of `inputs` weights of an output; 1 without groups."""
+    return -(-inputs // group) if group else 1

@@ -6,12 +6,15 @@ from torch import fx
 
 from ..graph.captured import Captured
 from ..graph.ops import ON_WEIGHTS, kind_of, module_of
+from ..nn.quantizer import Quantizer, WeightQuantizer
+from ..nn.weight_only import PACKED_BITS
 from .model import Totals
 
 
 def totals_of(captured: Captured) -> Totals:
     """Totals of a graph as it will be deployed: masks count nothing, for they are folded away in the end, and weights
-    behind quantizers count a byte each, and four for each scale."""
+    behind quantizers count a byte each (two of up to 4 bits share one, where values stay floats), and four for each
+    scale."""
     facts = captured.facts
     less: dict[str, int] = {}
     for node in captured.graph.nodes:
@@ -19,9 +22,21 @@ def totals_of(captured: Captured) -> Totals:
         if kind in ON_WEIGHTS:
             less[str(node.target)] = node.meta["fxc"].bytes
         if kind == "quantizer" and (weight := _weight(node)) is not None:
-            scales = 4 * module_of(node).get_buffer("scale").numel()
-            less[f"of {weight.target}"] = weight.meta["fxc"].bytes - weight.meta["fxc"].params - scales
+            fact = weight.meta["fxc"]
+            less[f"of {weight.target}"] = fact.bytes - _held(node, fact.params)
     return Totals(facts.params, facts.macs, facts.bytes - sum(less.values()))
+
+
+def _held(node: fx.Node, weights: int) -> int:
+    """The bytes of `weights` integers and their scales, behind the quantizer `node`."""
+    quantizer = module_of(node)
+    assert isinstance(quantizer, Quantizer)
+    scales, scheme = quantizer.scale.numel(), quantizer.scheme
+    rounds_inputs = any(kind_of(source) == "quantizer" for user in node.users for source in user.all_input_nodes
+                        if source is not node)
+    if not isinstance(quantizer, WeightQuantizer) or rounds_inputs:
+        return weights + 4 * scales
+    return (weights + 1) // 2 * (1 + (scheme.bits > PACKED_BITS)) + scales * (4 + (not scheme.symmetric))
 
 
 def _weight(node: fx.Node) -> fx.Node | None:

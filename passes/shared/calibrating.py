@@ -1,10 +1,9 @@
-"""Ranges for quantizers: what they read is shown to observers, in one run over the calibration data."""
+"""Ranges for quantizers, from a run over the calibration data; before and after it, what wins accuracy back."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
@@ -16,7 +15,21 @@ from fxcompress.graph.ops import kind_of, module_of, path_of
 from fxcompress.nn.observers import Observer
 from fxcompress.nn.quantizer import Quantizer
 from fxcompress.passbase import OBSERVERS
-from fxcompress.passes.shared.weights import of_parameters
+from fxcompress.passes.shared.normalizing import few
+from fxcompress.passes.shared.recovery import Layer, Sharing, layers_of
+from fxcompress.passes.shared.recovery_bias import correct_bias
+from fxcompress.passes.shared.recovery_equalize import equalize
+from fxcompress.passes.shared.recovery_gptq import gptq
+from fxcompress.passes.shared.recovery_mixed import LEFT, leave_some, switch, take_back
+from fxcompress.passes.shared.recovery_patches import Product
+from fxcompress.passes.shared.recovery_rounding import adaround
+from fxcompress.passes.shared.recovery_smooth import smooth
+from fxcompress.passes.shared.recovery_walk import SAMPLES, Sight, walk
+from fxcompress.passes.shared.switching import quantizers_of as quantizers_of
+from fxcompress.passes.shared.switching import without_rounding as without_rounding
+
+_ROWS = 4096  # of weights whose ranges are found at a time
+RECOVERED = "recovered"  # key of `node.meta`: what was asked for a layer has been done
 
 
 @dataclass
@@ -36,32 +49,54 @@ def observer_of(quantizer: Quantizer) -> Observer:
     return made
 
 
-def quantizers_of(captured: Captured) -> dict[fx.Node, Quantizer]:
-    """The calls of quantizers on values, those on weights left out."""
-    return {node: module for node in captured.graph.nodes if kind_of(node) == "quantizer"
-            and isinstance(module := module_of(node), Quantizer) and module.axis is None
-            and not of_parameters(node.args[0])}
+def calibrate(captured: Captured, data: Calibration) -> list[str]:
+    """Give every quantizer on values a range, and do for each layer what its settings ask for. Returns what to note.
 
-
-@contextmanager
-def without_rounding(captured: Captured) -> Iterator[None]:
-    """All quantizers off, and afterwards as they were."""
-    quantizers = [module for module in captured.module.modules() if isinstance(module, Quantizer)]
-    was = [module.on for module in quantizers]
-    for module in quantizers:
-        module.on = False
-    try:
-        yield
-    finally:
-        for module, on in zip(quantizers, was, strict=True):
-            module.on = on
-
-
-def calibrate(captured: Captured, data: Calibration) -> None:
-    """Give every quantizer on values a range, in one run of the model with all quantizers off.
+    The order is fixed: `equalize` and `smooth` on the float weights, whose ranges are then found anew; the ranges of
+    values, in one run with all quantizers off; `adaround` or `gptq`, and `correct_bias`, layer after layer; `mixed`, and
+    for the layers that it hasn't left the biases anew. Doing it again begins with the weights and biases that were there
+    before the first time, unless they were trained since.
 
     Raises PlanError: FXC0570 for data that don't fit, FXC0571 where a quantizer has seen no finite value.
     """
+    layers = layers_of(captured)
+    for layer in layers:
+        layer.restore()
+    take_back(layers)
+    moved: list[Layer] = []
+    notes: list[str] = []
+    for step in (equalize, smooth):
+        changed, found = step(captured, layers, data)
+        moved += changed
+        notes += found
+    for layer in {layer.node: layer for layer in moved}.values():
+        cover(layer)
+    _find_ranges(captured, data)
+    switch(captured, layers)
+    notes += _Written(captured, layers, data).run()
+    for layer in layers:
+        layer.node.meta[RECOVERED] = True
+    return notes
+
+
+def cover(layer: Layer) -> None:
+    """Find the range of a weight anew."""
+    cover_weight(layer.quantizer, layer.weight())
+
+
+def cover_weight(quantizer: Quantizer, weight: Tensor) -> None:
+    """Give `quantizer` the range of `weight`. Takes the memory of the observers of a few thousand rows at a time."""
+    kind, ranges = OBSERVERS[quantizer.observer], []
+    for rows in torch.split(quantizer.in_rows(weight), _ROWS):
+        observer = kind(len(rows), rows.device, *quantizer.arguments)
+        observer.update(rows)
+        ranges.append(observer.range(quantizer.scheme))
+    low, high = (torch.cat(ends) for ends in zip(*ranges, strict=True))
+    with torch.no_grad():
+        quantizer.cover(low, high)
+
+
+def _find_ranges(captured: Captured, data: Calibration) -> None:
     calls = quantizers_of(captured)
     watching = {quantizer: _Watching(quantizer, observer_of(quantizer)) for quantizer in calls.values()}
     collectors: dict[fx.Node, list[_Watching]] = {}
@@ -69,6 +104,8 @@ def calibrate(captured: Captured, data: Calibration) -> None:
         source = node.args[0]
         assert isinstance(source, fx.Node)
         collectors.setdefault(source, []).append(watching[quantizer])
+    if not collectors:
+        return
     with without_rounding(captured):
         data.feed(captured, collectors)
     blind = [path_of(node) or node.name for node, quantizer in calls.items() if not watching[quantizer].observer.seen]
@@ -82,7 +119,78 @@ def calibrate(captured: Captured, data: Calibration) -> None:
             quantizer.cover(*watched.observer.range(quantizer.scheme))
 
 
+@dataclass
+class _Written:
+    """The steps that write weights and biases, on one model; `skipped` has the names of layers by what can't be done."""
+
+    captured: Captured
+    layers: Sequence[Layer]
+    data: Calibration
+    before: list[float] = field(default_factory=list)
+    after: list[float] = field(default_factory=list)
+    skipped: dict[str, list[str]] = field(default_factory=dict)
+
+    def run(self) -> list[str]:
+        rounding, biased = self._able()
+        walk(self.captured, self.data, [layer for layer in self.layers if layer in rounding or layer in biased],
+             lambda layer, sight: self._at(layer, sight, rounding, biased))
+        left, notes = leave_some(self.captured, self.layers, self.data)
+        for layer in left:
+            layer.restore()
+        if left and biased:
+            for layer in biased:
+                layer.restore_bias()
+            staying = [layer for layer in biased if layer not in left]
+            walk(self.captured, self.data, staying, lambda layer, sight: self._at(layer, sight, [], staying))
+        return [*self._said(rounding, biased), *notes]
+
+    def _able(self) -> tuple[list[Layer], list[Layer]]:
+        """The layers whose weights, and whose biases, are to be written and can be."""
+        sharing = Sharing(self.captured)
+        rounding, biased = [], []
+        for layer in self.layers:
+            if layer.asked.adaround or layer.asked.gptq:
+                key = "adaround" if layer.asked.adaround else "gptq"
+                why = sharing.why_not(layer)
+                if why is None and Product.of(layer) is None:
+                    why = "it isn't a conv2d or linear layer"
+                self._sort(layer, key, why, rounding)
+            if layer.asked.correct_bias:
+                why = "it has no bias" if layer.tensor("bias") is None else sharing.why_not(layer, ("bias",))
+                self._sort(layer, "correct_bias", why, biased)
+        return rounding, biased
+
+    def _sort(self, layer: Layer, key: str, why: str | None, able: list[Layer]) -> None:
+        if why is None:
+            able.append(layer)
+        else:
+            self.skipped.setdefault(f"{key}: not {{}}: {why}", []).append(layer.name)
+
+    def _at(self, layer: Layer, sight: Sight, rounding: Sequence[Layer], biased: Sequence[Layer]) -> None:
+        if layer in rounding:
+            before, after = (adaround if layer.asked.adaround else gptq)(layer, sight)
+            self.before.append(before)
+            self.after.append(after)
+        if layer in biased:
+            correct_bias(layer, sight)
+
+    def _said(self, rounding: Sequence[Layer], biased: Sequence[Layer]) -> list[str]:
+        notes = [line.format(few(names)) for line, names in self.skipped.items()]
+        if rounding:
+            ratios = sorted(after / before for before, after in zip(self.before, self.after, strict=True) if before > 0)
+            middle = f", which leaves {ratios[len(ratios) // 2]:.0%} of the squared error (median)" if ratios else ""
+            notes.append(f"rounding of {len(rounding)} layers on up to {SAMPLES} samples{middle}")
+        if biased:
+            notes.append(f"correct_bias: {len(biased)} layers")
+        return notes
+
+
 def uncalibrated(captured: Captured) -> list[str]:
-    """Where the quantizers without a range stand."""
+    """Where the quantizers without a range stand; layers that `mixed` leaves in float need none."""
     return [path_of(node) or node.name for node in captured.graph.nodes
-            if kind_of(node) == "quantizer" and not getattr(module_of(node), "on", True)]
+            if kind_of(node) == "quantizer" and not getattr(module_of(node), "on", True) and LEFT not in node.meta]
+
+
+def unrecovered(captured: Captured) -> list[str]:
+    """Layers that were to win accuracy back on calibration data, and have seen none."""
+    return [layer.name for layer in layers_of(captured) if layer.asked and RECOVERED not in layer.node.meta]

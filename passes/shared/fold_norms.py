@@ -65,6 +65,13 @@ class _Norm:
         return scale, shift if self.bias is None else shift + self.bias.double()
 
 
+def norms_behind(captured: Captured, nodes: Iterable[fx.Node]) -> dict[fx.Node, fx.Node]:
+    """The module of a batch norm behind each of `nodes` that `fold` would fold into it."""
+    sharing = _Sharing(captured)
+    found = {node: sharing.norm_behind(node) for node in nodes}
+    return {node: norm for node, norm in found.items() if norm is not None and norm.op == "call_module"}
+
+
 class _Sharing:
     """How often modules are called, and tensors are held or read, in a graph as it was before anything was folded."""
 
@@ -114,7 +121,7 @@ def _fold(captured: Captured, node: fx.Node, norm: fx.Node) -> None:
     weight = captured.module.get_parameter(name)
     with torch.no_grad():
         scale, shift = _Norm.of(captured, norm).scale_and_shift()
-        bias = _bias(captured, node, weight)
+        bias = own_bias(captured, node, weight)
         bias.copy_((bias.double() * scale + shift).to(bias.dtype))
         weight.copy_((weight.double() * scale.reshape(-1, *[1] * (weight.dim() - 1))).to(weight.dtype))
     path, read = path_of(node), [value for value in norm.all_input_nodes if value is not node]
@@ -139,7 +146,7 @@ def _drop(captured: Captured, node: fx.Node) -> None:
     delattr(captured.module.get_submodule(owner), leaf)
 
 
-def _bias(captured: Captured, node: fx.Node, weight: Tensor) -> Tensor:
+def own_bias(captured: Captured, node: fx.Node, weight: Tensor) -> Tensor:
     """The bias parameter of `node`, its own; one is made, of zeros or of the values of what it reads now, where there
     is none or others read it too."""
     name = parameter_of(node, "bias")

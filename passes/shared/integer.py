@@ -42,11 +42,12 @@ class Region:
     add: fx.Node | None = None
     other: fx.Node | None = None
     activation: fx.Node | None = None
+    norm: fx.Node | None = None  # that stands between the product and the rest while it trains
 
     @property
     def end(self) -> fx.Node:
         """The node whose value the kernel gives."""
-        return self.activation or self.add or self.product
+        return self.activation or self.add or self.norm or self.product
 
 
 def role_of(node: fx.Node) -> Role | None:
@@ -54,28 +55,29 @@ def role_of(node: fx.Node) -> Role | None:
     return ROLES.get(kind_of(node))
 
 
-def regions_of(products: Iterable[fx.Node]) -> list[Region]:
-    """The region of each product, in their order. An addition belongs to the last product that feeds it."""
+def regions_of(products: Iterable[fx.Node], norms: Mapping[fx.Node, fx.Node] | None = None) -> list[Region]:
+    """The region of each product, in their order. An addition belongs to the last product that feeds it. `norms` has
+    the batch norms behind products that aren't folded yet."""
     taken: dict[fx.Node, Region] = {}
     order = {node: place for place, node in enumerate(next(iter(products)).graph.nodes)} if products else {}
     for product in sorted(products, key=lambda node: -order[node]):
-        taken[product] = _region(product, {region.add for region in taken.values()})
+        taken[product] = _region(product, (norms or {}).get(product), {region.add for region in taken.values()})
     return [taken[product] for product in products]
 
 
-def _region(product: fx.Node, added: set[fx.Node | None]) -> Region:
-    user, read = _only_user(product)
+def _region(product: fx.Node, norm: fx.Node | None, added: set[fx.Node | None]) -> Region:
+    user, read = _only_user(norm or product)
     if user is None:
-        return Region(product)
+        return Region(product, norm=norm)
     if role_of(user) == "activation":
-        return Region(product, activation=user)
+        return Region(product, activation=user, norm=norm)
     if role_of(user) == "add" and user not in added:
-        other = _other(user, product, read)
+        other = _other(user, norm or product, read)
         if other is not None:
             then, _ = _only_user(user)
             fused = then if then is not None and kind_of(then) in AFTER_ADD else None
-            return Region(product, user, other, fused)
-    return Region(product)
+            return Region(product, user, other, fused, norm)
+    return Region(product, norm=norm)
 
 
 def _only_user(node: fx.Node) -> tuple[fx.Node | None, fx.Node]:
@@ -129,7 +131,8 @@ class Grids:
 
     def __post_init__(self) -> None:
         """Walks back from everything that a kernel reads to where it is made."""
-        inside = {node for region in self.regions for node in (region.product, region.add, region.activation)
+        inside = {node for region in self.regions
+                  for node in (region.product, region.norm, region.add, region.activation)
                   if node is not None and node is not region.end}
         for region in self.regions:
             for read in data_of(region.product)[:1]:

@@ -62,8 +62,8 @@ def normalize(settings: Pass, captured: Captured, site: Site) -> Normal:
     """Bring what is selected into the normal form, in place; facts are up to date afterwards.
 
     `nn.MultiheadAttention` becomes its projections and `scaled_dot_product_attention`, `addmm` on parameters a linear
-    layer; zero padding in front of a
-    convolution, and padding that it has by name (`same`), becomes its numbers, where that is the same.
+    layer; zero padding in front of a convolution, and padding that it has by name (`same`), becomes its numbers, where
+    that is the same.
     """
     normal, there = Normal(), set(captured.graph.nodes)
     nodes = list(_written_out(captured, site.nodes, normal))

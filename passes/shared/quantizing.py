@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from torch import fx
+from torch import Tensor, fx, nn
 
 from fxcompress.diagnostics import Diagnostic, Label, PlanError
+from fxcompress.graph.calibration import Calibration
 from fxcompress.graph.captured import Captured
 from fxcompress.graph.interpret import evaluated
-from fxcompress.graph.ops import kind_of, path_of
+from fxcompress.graph.ops import arguments, kind_of, module_of, path_of
 from fxcompress.graph.provenance import origins_of, touch
 from fxcompress.graph.site import Change, Outcome, Site
+from fxcompress.nn.dynamic import DynamicQuantizer
 from fxcompress.nn.integer import saturates
-from fxcompress.nn.quantizer import Quantizer
+from fxcompress.nn.quantizer import Quantizer, WeightQuantizer, groups_of
 from fxcompress.nn.scheme import Scheme
-from fxcompress.passes.shared.calibrating import calibrate, observer_of
-from fxcompress.passes.shared.fold_norms import fold
+from fxcompress.nn.trained import TrainedQuantizer
+from fxcompress.passes.shared.calibrating import calibrate, cover_weight
+from fxcompress.passes.shared.fold_norms import fold, norms_behind
 from fxcompress.passes.shared.integer import Grids, Region, regions_of, role_of
-from fxcompress.passes.shared.normalizing import channels_of, few, normalize, weight_name
+from fxcompress.passes.shared.normalizing import Normal, channels_of, few, normalize, weight_name
+from fxcompress.passes.shared.preparing import prepare
+from fxcompress.passes.shared.training_rounds import norm_arguments, scheduled
 from fxcompress.passes.shared.weights import expose
 from fxcompress.policy.values import Call
 
-_SAFE_BITS = 7  # of activations, where two products of bytes don't fit 16 bits
+BYTE = 8  # bits
+SAFE_BITS = 15  # of a value and a weight together, where the sum of two products has to fit 16 bits
 
 if TYPE_CHECKING:
     from fxcompress.passes.quantize import Quantize
@@ -31,33 +39,144 @@ if TYPE_CHECKING:
 def quantize(settings: Quantize, captured: Captured, site: Site) -> Outcome:
     """Quantize the layers of `site`; see `Quantize.rewrite`."""
     normal = normalize(settings, captured, site)
-    products, notes = normal.products, normal.lines()
+    products = [node for node in normal.products if _has_mode(settings, node, normal)]
+    notes = normal.lines()
     if not products:
         raise PlanError([Diagnostic("FXC0370", "nothing selected can be quantized",
                                     Label(site.span) if site.span is not None else None, notes=tuple(notes[:8]),
                                     help="select convolutions (conv2d) or linear layers that aren't quantized yet")])
     there = set(captured.graph.nodes)
-    for node, norm in fold(captured, products):
-        touch(node, settings, site, f"the batch norm {norm} folded into its weight", was=(norm.replace(".", "_"),))
+    outcome = _REWRITES[settings.mode](settings, captured, site, products)
+    captured.refresh()
+    for node in captured.graph.nodes:
+        if node not in there and not origins_of(node):
+            touch(node, settings, site, "made for a quantizer", was=(user.name for user in node.users))
+    return replace(outcome, notes=(*notes, *outcome.notes))
+
+
+def _static(settings: Quantize, captured: Captured, site: Site, products: list[fx.Node]) -> Outcome:
+    _fold(settings, captured, site, products)
+    prepare(settings, captured, products)
     regions = regions_of(products)
     grids = Grids(regions)
     changes = [_weight(settings, captured, site, node) for node in products]
     _place(settings, captured, site, grids)
     captured.refresh()
-    for node in captured.graph.nodes:
-        if node not in there and not origins_of(node):
-            touch(node, settings, site, "made for a quantizer", was=(user.name for user in node.users))
-    if settings.bits is None and saturates():
-        notes.append(f"values in {_SAFE_BITS} bits: this CPU has no VNNI instructions, its products of bytes saturate")
+    unknown: tuple[str, ...] = ("the ranges of what layers read and give",)
+    found: list[str] = []
+    if captured.concrete and site.calibration is not None:
+        found += calibrate(captured, _some(settings, site.calibration))
+        unknown = ()
+    return Outcome(tuple(changes), (*_saturation(settings), *_breaks(regions, grids), *found), unknown=unknown)
+
+
+def _qat(settings: Quantize, captured: Captured, site: Site, products: list[fx.Node]) -> Outcome:
+    """Quantizers whose ranges move in training; calibration data, where there are some, say where they begin."""
+    there, norms = set(captured.graph.nodes), norms_behind(captured, products)
+    regions = regions_of(products, norms)
+    grids = Grids(regions)
+    changes = [_weight(settings, captured, site, node, norms.get(node)) for node in products]
+    for norm in norms.values():
+        touch(norm, settings, site, "its factors are counted in where the weight before it is rounded")
+    _place(settings, captured, site, grids)
+    captured.refresh()
     unknown: tuple[str, ...] = ("the ranges of what layers read and give",)
     if captured.concrete and site.calibration is not None:
-        calibrate(captured, site.calibration)
+        calibrate(captured, _some(settings, site.calibration))
         unknown = ()
-    return Outcome(tuple(changes), (*notes, *_breaks(regions, grids)), unknown=unknown)
+    made = [node for node in captured.graph.nodes if node not in there]
+    moving = scheduled(settings, captured, site, [*made, *norms.values()])
+    notes = (*_saturation(settings), *_breaks(regions, grids), *moving.notes)
+    return replace(moving, changes=tuple(changes), notes=notes, unknown=unknown)
 
 
-def _bits(settings: Quantize) -> int:
-    return settings.bits if settings.bits is not None else _SAFE_BITS if saturates() else 8
+def _weight_only(settings: Quantize, captured: Captured, site: Site, products: list[fx.Node]) -> Outcome:
+    prepare(settings, captured, products)
+    changes = tuple(_weight(settings, captured, site, node) for node in products)
+    return Outcome(changes, tuple(_recovered(settings, captured, site)))
+
+
+def _dynamic(settings: Quantize, captured: Captured, site: Site, products: list[fx.Node]) -> Outcome:
+    """A quantizer of run-time ranges on what each layer reads; layers that read one value share it."""
+    _fold(settings, captured, site, products)
+    prepare(settings, captured, products)
+    changes = [_weight(settings, captured, site, node) for node in products]
+    scheme = Scheme(bits_of(settings), signed=False, symmetric=settings.symmetric)
+    made: dict[fx.Node, fx.Node] = {}
+    for node in products:
+        source = arguments(node)["input"]
+        if source not in made:
+            path = f"{path_of(node)}.input_quantizer"
+            put(captured, path, DynamicQuantizer(scheme, settings.activations == "per_token"))
+            with captured.graph.inserting_before(node):
+                made[source] = captured.graph.call_module(path, (source,))
+            made[source].meta["path"] = path_of(node)
+            touch(made[source], settings, site, f"rounds to {scheme.bits} bits, {settings.activations}",
+                  was=(source.name,))
+        node.replace_input_with(source, made[source])
+    return Outcome(tuple(changes), (*_saturation(settings), *_recovered(settings, captured, site)))
+
+
+def _recovered(settings: Quantize, captured: Captured, site: Site) -> list[str]:
+    """Do on calibration data, where there are some, what the recovery keys ask for; returns what to note."""
+    captured.refresh()
+    from fxcompress.passes.quantize import RECOVERIES
+
+    if not any(getattr(settings, key) for key in RECOVERIES) or not captured.concrete or site.calibration is None:
+        return []
+    return calibrate(captured, _some(settings, site.calibration))
+
+
+_REWRITES: Mapping[str, Callable[[Quantize, Captured, Site, list[fx.Node]], Outcome]] = {
+    "static": _static, "dynamic": _dynamic, "qat": _qat, "weight_only": _weight_only,
+}
+
+
+def _fold(settings: Quantize, captured: Captured, site: Site, products: list[fx.Node]) -> None:
+    for node, norm in fold(captured, products):
+        touch(node, settings, site, f"the batch norm {norm} folded into its weight", was=(norm.replace(".", "_"),))
+
+
+def _saturation(settings: Quantize) -> Iterator[str]:
+    """What to note of a CPU whose products of bytes saturate."""
+    if not saturates():
+        return
+    if bits_of(settings) + settings.weight_bits > SAFE_BITS:
+        yield (f"values in {bits_of(settings)} bits times weights in {settings.weight_bits}: this CPU has no VNNI "
+               f"instructions, its products of bytes saturate beyond {SAFE_BITS} bits in all")
+    elif settings.bits is None and bits_of(settings) < BYTE:
+        yield (f"values in {bits_of(settings)} bits: this CPU has no VNNI instructions, its products of bytes saturate")
+
+
+def _some(settings: Quantize, data: Calibration) -> Calibration:
+    return data if settings.calibrate is None else replace(data, samples=int(settings.calibrate.count))
+
+
+# Kind -> the modes that have a simulation for it, and why there are no others.
+_MODES_OF: Mapping[str, tuple[tuple[str, ...], str]] = {
+    "linear": (("static", "dynamic", "qat", "weight_only"), ""),
+    "conv2d": (("static", "qat", "weight_only"), "a convolution reads each value many times, and no kernel "
+               "rounds as it reads"),
+    "embedding": (("weight_only",), "an embedding looks weights up and multiplies nothing"),
+}
+
+
+_OTHERS = (("static",), "there is a simulation of that mode for convolutions of images and linear layers alone")
+
+
+def _has_mode(settings: Quantize, node: fx.Node, normal: Normal) -> bool:
+    modes, reason = _MODES_OF.get(kind_of(node), _OTHERS)
+    if settings.mode in modes:
+        return True
+    normal.leave(node, f"`mode = {settings.mode}` isn't for {kind_of(node)}: {reason}")
+    return False
+
+
+def bits_of(settings: Quantize) -> int:
+    """The bits of values: as many as the products with the weights allow, if the policy doesn't say."""
+    if settings.bits is not None:
+        return settings.bits
+    return min(BYTE, SAFE_BITS - settings.weight_bits) if saturates() else BYTE
 
 
 def _spec(spec: str | Call) -> tuple[str, tuple[float, ...]]:
@@ -65,23 +184,19 @@ def _spec(spec: str | Call) -> tuple[str, tuple[float, ...]]:
     return (spec.name, tuple(float(str(arg)) for arg in spec.args)) if isinstance(spec, Call) else (spec, ())
 
 
-def _weight(settings: Quantize, captured: Captured, site: Site, node: fx.Node) -> Change:
-    """A quantizer on the weight; its range is that of the values it has now."""
+def _weight(settings: Quantize, captured: Captured, site: Site, node: fx.Node, norm: fx.Node | None = None) -> Change:
+    """A quantizer on the weight, which counts in the `norm` behind the layer; its range is that of the values now."""
     source = expose(captured, node)
     name = weight_name(node)
-    weight = evaluated(captured.module, source)
-    axis = channels_of(node) if settings.granularity == "per_channel" else None
-    rows = 1 if axis is None else weight.shape[axis]
-    scheme = Scheme(settings.weight_bits, signed=True, symmetric=True, narrow=True)
-    quantizer = Quantizer(scheme, rows, axis, *_spec(settings.weight_observer), device=weight.device)
+    counted = norm_arguments(captured, node, norm) if norm is not None else ()
+    value, *factors = (evaluated(captured.module, read) for read in (source, *counted))
+    quantizer = weight_quantizer(settings, value, channels_of(node), norm)
     if captured.concrete:
-        observer = observer_of(quantizer)
-        observer.update(quantizer.in_rows(weight))
-        quantizer.cover(*observer.range(scheme))
+        cover_weight(quantizer, quantizer.folded(value, *factors) if isinstance(quantizer, TrainedQuantizer) else value)
     path = f"{name}_quantizer"
-    _put(captured, path, quantizer)  # for a layer that is called twice the second is the same
+    put(captured, path, quantizer)  # for a layer that is called twice the second is the same
     with captured.graph.inserting_before(node):
-        call = captured.graph.call_module(path, (source,))
+        call = captured.graph.call_module(path, (source, *counted))
     call.meta["path"] = path_of(node)
     node.replace_input_with(source, call)
     touch(call, settings, site, f"rounds to {settings.weight_bits} bits", was=(node.name,))
@@ -89,25 +204,46 @@ def _weight(settings: Quantize, captured: Captured, site: Site, node: fx.Node) -
     return Change(path_of(node), kind_of(node), "weight", "float", f"int{settings.weight_bits}", "selected")
 
 
+def weight_quantizer(settings: Quantize, weight: Tensor, channels: int | None = 0,
+                     norm: fx.Node | None = None) -> Quantizer:
+    """A quantizer without a range for a weight whose outputs lie along the dimension `channels`, behind which `norm`
+    stands. Of layers that multiply integers weights are symmetric."""
+    symmetric = settings.mode != "weight_only" or settings.symmetric
+    scheme = Scheme(settings.weight_bits, signed=True, symmetric=symmetric, narrow=symmetric)
+    observer, arguments_ = _spec(settings.weight_observer)
+    if settings.granularity == "per_tensor" or channels is None:
+        rows, axis = 1, None
+    else:
+        rows, axis = weight.shape[channels] * groups_of(weight[0].numel(), settings.group), channels
+    if settings.mode == "static":
+        return Quantizer(scheme, rows, axis, observer, arguments_, device=weight.device)
+    if settings.mode == "qat":
+        eps = float(module_of(norm).eps) if norm is not None else 0.0  # type: ignore[arg-type]
+        return TrainedQuantizer(scheme, rows, axis, observer, arguments_, averages=False, eps=eps, device=weight.device)
+    return WeightQuantizer(scheme, rows, axis, observer, arguments_, group=settings.group, device=weight.device)
+
+
 def _place(settings: Quantize, captured: Captured, site: Site, grids: Grids) -> None:
     """One quantizer for each grid, called behind each of its sources."""
     paths: dict[int, str] = {}
-    scheme = Scheme(_bits(settings), signed=False, symmetric=settings.symmetric)
+    scheme = Scheme(bits_of(settings), signed=settings.dtype == "qint8", symmetric=settings.symmetric)
     ends = {region.end for region in grids.regions}
     readers = _readers(grids)
+    leaving = {region.norm for region in grids.regions}
+    kind = TrainedQuantizer if settings.mode == "qat" else Quantizer
     device = next((tensor.device for tensor in captured.module.parameters()), None)
     for source, grid in grids.sources.items():
         if grid not in paths:
-            paths[grid] = f"{_where(source)}quantizer"
+            paths[grid] = f"{_where(source, leaving)}quantizer"
             name, arguments_ = _spec(settings.observer)
-            _put(captured, paths[grid], Quantizer(scheme, observer=name, arguments=arguments_, device=device))
+            put(captured, paths[grid], kind(scheme, observer=name, arguments=arguments_, device=device))
         with captured.graph.inserting_after(source):
             call = captured.graph.call_module(paths[grid], (source,))
         call.meta["path"] = path_of(source)
         for user in list(source.users):
             if user is not call and (source in ends or user in readers):
                 user.replace_input_with(source, call)
-        touch(call, settings, site, f"rounds to {_bits(settings)} bits", was=(source.name,))
+        touch(call, settings, site, f"rounds to {bits_of(settings)} bits", was=(source.name,))
 
 
 def _readers(grids: Grids) -> set[fx.Node]:
@@ -127,14 +263,16 @@ def _readers(grids: Grids) -> set[fx.Node]:
     return found
 
 
-def _where(source: fx.Node) -> str:
-    """The beginning of the path of a quantizer behind `source`: in its module, or at the top."""
-    if source.op == "call_module":
+def _where(source: fx.Node, leaving: set[fx.Node | None]) -> str:
+    """The beginning of the path of a quantizer behind `source`: in its module, or at the top for one that is to leave
+    the model."""
+    if source.op == "call_module" and source not in leaving:
         return f"{source.target}."
     return f"{source.name}_"
 
 
-def _put(captured: Captured, path: str, quantizer: Quantizer) -> None:
+def put(captured: Captured, path: str, quantizer: nn.Module) -> None:
+    """Make `quantizer` the module at `path`."""
     owner, _, leaf = path.rpartition(".")
     captured.module.get_submodule(owner).add_module(leaf, quantizer)
 

@@ -1,0 +1,99 @@
+"""`adaround`: whether each weight is rounded up or down is learned, on what its layer gives.
+
+Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", 2020: minimise ‖f(Wx) − f(Ŵx̂)‖² over
+Ŵ = s·clip(⌊W/s⌋ + h(V)), h(V) = clip(1.2·σ(V) − 0.1, 0, 1), with a term 1 − |2h − 1|^β that drives h to 0 or 1 as β falls
+(equations 21 to 25). Here the squared error of each output is divided by that of rounding to nearest, so that one
+weight of the term fits all layers; and where nearest rounding turns out the better for an output, that is taken.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxcompress.passes.shared.recovery import Layer
+from fxcompress.passes.shared.recovery_patches import Places, Product, activation_of, bias_of, multiply
+from fxcompress.passes.shared.recovery_walk import Sight
+
+STEPS = 300
+_PATCHES, _SAMPLE = 2048, 256  # kept of a layer, and looked at in one step
+_RATE, _WEIGHT = 0.2, 12.0  # of Adam, and of the term that drives to 0 and 1
+_WARM = 0.2  # the share of the steps without that term
+_BETA = (20.0, 2.0)
+_LOW, _HIGH = -0.1, 1.1  # ends of the stretched sigmoid
+
+
+@dataclass
+class _Problem:
+    """A layer's weights as rows [groups, outputs, inputs], and what they are multiplied with."""
+
+    layer: Layer
+    patches: Tensor
+    target: Tensor
+    weight: Tensor
+    scale: Tensor
+    zero: Tensor
+    bias: Tensor | float
+    activation: Any
+
+    def round(self, up: Tensor) -> Tensor:
+        """The weight as rounded: `up` in [0, 1] is how far each is rounded up."""
+        scheme = self.layer.quantizer.scheme
+        q = ((self.weight / self.scale).floor() + up + self.zero).clamp(scheme.low, scheme.high)
+        return (q - self.zero) * self.scale
+
+    def nearest(self) -> Tensor:
+        """1 where rounding to nearest rounds up (halves to even, as quantizers do), else 0."""
+        steps = self.weight / self.scale
+        return steps.round() - steps.floor()
+
+    def errors(self, up: Tensor, some: Tensor | slice = slice(None)) -> Tensor:
+        """The mean squared error of each output, [groups, outputs]."""
+        given = self.activation(multiply(self.patches[some], self.round(up)) + self.bias)
+        return (given - self.target[some]).square().mean(0)
+
+
+def adaround(layer: Layer, sight: Sight, seed: int = 0) -> tuple[float, float]:
+    """Write the learned rounding into the weight of `layer`, so that its quantizer gives it exactly. Returns the mean
+    squared error of rounding to nearest and of the learned rounding, on the patches that it was learned from."""
+    product = Product.of(layer)
+    assert product is not None
+    places = Places(layer, product, sight.gives, _PATCHES, seed)
+    scale, zero = (product.rows(part) for part in layer.grid())
+    weight, activation, bias = product.rows(layer.weight()), activation_of(layer), bias_of(layer, product)
+    target = activation(multiply(places.of(sight.floats), weight) + bias)
+    problem = _Problem(layer, places.of(sight.rounded), target, weight, scale, zero, bias, activation)
+    nearest = problem.nearest()
+    learned = _learned(problem, seed)
+    before, after = problem.errors(nearest), problem.errors(learned)
+    best = torch.where((after < before)[..., None], learned, nearest)
+    layer.write(problem.round(best).reshape(layer.weight().shape))
+    return float(before.mean()), float(torch.minimum(before, after).mean())
+
+
+def _learned(problem: _Problem, seed: int) -> Tensor:
+    """1 for each weight that should be rounded up, else 0."""
+    steps = problem.weight / problem.scale
+    part = steps - steps.floor()
+    free = (problem.weight != 0) & (part > 0)  # masked weights stay zero
+    start = ((part - _LOW) / (_HIGH - _LOW)).clamp(1e-3, 1 - 1e-3)
+    v = torch.log(start / (1 - start)).requires_grad_()
+    optimizer = torch.optim.Adam([v], lr=_RATE)
+    size = problem.errors(problem.nearest()).clamp(min=torch.finfo(torch.float32).tiny)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.enable_grad():
+        for step in range(STEPS):
+            some = torch.randint(len(problem.patches), (_SAMPLE,), generator=generator).to(v.device)
+            up = (v.sigmoid() * (_HIGH - _LOW) + _LOW).clamp(0, 1) * free
+            loss = (problem.errors(up, some) / size).sum()
+            done = (step / STEPS - _WARM) / (1 - _WARM)
+            if done > 0:
+                beta = _BETA[1] + (_BETA[0] - _BETA[1]) * (1 - done)
+                loss = loss + _WEIGHT * (1 - (2 * up - 1).abs().pow(beta)).mean(-1).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return ((v.detach() > 0) & free).to(problem.weight.dtype)
