@@ -2,7 +2,7 @@
 
 | file | holds |
 |---|---|
-| `deployed.json` | the engine, what was measured, what the model takes and gives, size and sha256 of each file |
+| `deployed.json` | the engine, what was measured, what the model takes and gives, size and sha256 of the other files |
 | `model.onnx`, `model.xml`, ... | the model in the form of its engine, or |
 | `artifact/` | an artifact, for the engines of torch |
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .quantizer import groups_of
+from .quantizer import groups_of, in_groups
 
 PACKED_BITS = 4  # integers up to this many bits lie two in a byte
 
