@@ -3,8 +3,8 @@
     python benchmarks/quantize_accuracy.py [--only NAME ...] [--out benchmarks/results/quantize_accuracy.csv]
     python benchmarks/quantize_accuracy.py --show      # the table of the CSV, without running anything
 
-The weights and the crops are those of `photographs.py`: 63 crops to calibrate on, 105 to test on. What is measured is the
-finalized model: integer kernels on this CPU. One crop is about 1 point; the standard error is about 3.
+The weights and the crops are those of `photographs.py`: 63 crops to calibrate on, 105 to test on. What is measured is
+the finalized model: integer kernels on this CPU. One crop is about 1 point; the standard error is about 3.
 """
 
 from __future__ import annotations
