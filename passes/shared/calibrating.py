@@ -25,8 +25,8 @@ from fxcompress.passes.shared.recovery_patches import Product
 from fxcompress.passes.shared.recovery_rounding import adaround
 from fxcompress.passes.shared.recovery_smooth import smooth
 from fxcompress.passes.shared.recovery_walk import SAMPLES, Sight, walk
-from fxcompress.passes.shared.switching import quantizers_of as quantizers_of
-from fxcompress.passes.shared.switching import without_rounding as without_rounding
+from fxcompress.passes.shared.switching import quantizers_of as quantizers_of  # noqa: PLC0414
+from fxcompress.passes.shared.switching import without_rounding as without_rounding  # noqa: PLC0414
 
 _ROWS = 4096  # of weights whose ranges are found at a time
 RECOVERED = "recovered"  # key of `node.meta`: what was asked for a layer has been done
@@ -53,9 +53,9 @@ def calibrate(captured: Captured, data: Calibration) -> list[str]:
     """Give every quantizer on values a range, and do for each layer what its settings ask for. Returns what to note.
 
     The order is fixed: `equalize` and `smooth` on the float weights, whose ranges are then found anew; the ranges of
-    values, in one run with all quantizers off; `adaround` or `gptq`, and `correct_bias`, layer after layer; `mixed`, and
-    for the layers that it hasn't left the biases anew. Doing it again begins with the weights and biases that were there
-    before the first time, unless they were trained since.
+    values, in one run with all quantizers off; `adaround` or `gptq`, and `correct_bias`, layer after layer; where there
+    is `mixed`, it comes before the biases of the layers that it doesn't leave in float. Doing it again begins with the
+    weights and biases that were there before the first time, unless they were trained since.
 
     Raises PlanError: FXC0570 for data that don't fit, FXC0571 where a quantizer has seen no finite value.
     """
@@ -132,22 +132,25 @@ class _Written:
 
     def run(self) -> list[str]:
         rounding, biased = self._able()
-        walk(self.captured, self.data, [layer for layer in self.layers if layer in rounding or layer in biased],
-             lambda layer, sight: self._at(layer, sight, rounding, biased))
+        scans = any(layer.asked.mixed for layer in self.layers)
+        self._walk(rounding, [] if scans else biased)
         left, notes = leave_some(self.captured, self.layers, self.data)
         for layer in left:
             layer.restore()
-        if left and biased:
-            for layer in biased:
-                layer.restore_bias()
-            staying = [layer for layer in biased if layer not in left]
-            walk(self.captured, self.data, staying, lambda layer, sight: self._at(layer, sight, [], staying))
+        if scans:  # what rounding shifts depends on which layers round
+            biased = [layer for layer in biased if layer not in left]
+            self._walk([], biased)
         return [*self._said(rounding, biased), *notes]
+
+    def _walk(self, rounding: Sequence[Layer], biased: Sequence[Layer]) -> None:
+        walk(self.captured, self.data, [layer for layer in self.layers if layer in rounding or layer in biased],
+             lambda layer, sight: self._at(layer, sight, rounding, biased))
 
     def _able(self) -> tuple[list[Layer], list[Layer]]:
         """The layers whose weights, and whose biases, are to be written and can be."""
         sharing = Sharing(self.captured)
-        rounding, biased = [], []
+        rounding: list[Layer] = []
+        biased: list[Layer] = []
         for layer in self.layers:
             if layer.asked.adaround or layer.asked.gptq:
                 key = "adaround" if layer.asked.adaround else "gptq"

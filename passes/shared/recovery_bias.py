@@ -7,9 +7,12 @@ layer, so that each makes up for what those before it have left.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from fxcompress.graph.ops import kind_of
 from fxcompress.passes.shared.integer import role_of
 from fxcompress.passes.shared.recovery import Layer
 from fxcompress.passes.shared.recovery_walk import Sight, product
@@ -20,12 +23,21 @@ def correct_bias(layer: Layer, sight: Sight) -> float:
     bias = layer.tensor("bias")
     assert bias is not None and role_of(layer.node) == "product"
     weight = layer.rounded()
-    given = [product(layer, x, weight, bias) for x in sight.rounded]
-    axis = -1 if layer.node.target is torch.nn.functional.linear else 1
-    shift = _means(given, axis) - _means(sight.gives, axis)
+    shift = mean_shift(layer, [product(layer, x, weight, bias) for x in sight.rounded], sight.gives)
     layer.write_bias((bias.double() - shift).to(bias.dtype))
     size = sum(float(value.double().square().mean()) for value in sight.gives) / len(sight.gives)
-    return float(shift.square().mean().sqrt()) / max(size, 1e-30) ** 0.5
+    return math.sqrt(float(shift.square().mean()) / max(size, 1e-30))
+
+
+def mean_shift(layer: Layer, given: list[Tensor], expected: list[Tensor]) -> Tensor:
+    """E[given] − E[expected] of each output, in float64; a tensor for each batch."""
+    axis = channels(layer)
+    return _means(given, axis) - _means(expected, axis)
+
+
+def channels(layer: Layer) -> int:
+    """The dimension of the outputs in what `layer` gives."""
+    return -1 if kind_of(layer.node) == "linear" else 1
 
 
 def _means(values: list[Tensor], axis: int) -> Tensor:

@@ -76,7 +76,7 @@ class Pair:
     def _by_column(self, weight: Tensor) -> Tensor:
         """[channels, outputs of each, ...] of a depthwise weight, else [groups, outputs, inputs, ...]."""
         groups = int(arguments(self.second.node).get("groups", 1))
-        return weight.unflatten(0, (groups, -1))
+        return weight.reshape(groups, -1, *weight.shape[1:])
 
     def factors(self) -> Tensor:
         """s for each channel."""

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from fxcompress.passes.shared.recovery import Layer
-from fxcompress.passes.shared.recovery_patches import Places, Product, multiply
+from fxcompress.passes.shared.recovery_patches import Places, Product
 from fxcompress.passes.shared.recovery_walk import Sight
 
 BLOCK = 128  # columns
 DAMPING = 0.01  # of the mean of H's diagonal: λ
-_PATCHES = 2**14
+_PATCHES, _PART = 2**13, 2**10  # that are looked at, and at a time
 
 
 def gptq(layer: Layer, sight: Sight, seed: int = 0) -> tuple[float, float]:
@@ -26,16 +26,24 @@ def gptq(layer: Layer, sight: Sight, seed: int = 0) -> tuple[float, float]:
     product = Product.of(layer)
     assert product is not None
     patches = Places(layer, product, sight.gives, _PATCHES, seed).of(sight.rounded)
-    x = patches.transpose(0, 1).double()
-    hessian = 2 * x.transpose(1, 2) @ x / x.shape[1]
+    hessian = 2 * _square(patches)
     weight, (scale, zero) = product.rows(layer.weight()), (product.rows(part) for part in layer.grid())
     scheme = layer.quantizer.scheme
     found = solve(weight, hessian, scale, zero, scheme.low, scheme.high)
     nearest = product.rows(layer.rounded())
-    before, after = (multiply(patches, rows - weight).square().mean(0) for rows in (nearest, found))
+    before, after = (torch.bmm(patches, (rows - weight).transpose(1, 2)).square().mean(1) for rows in (nearest, found))
     best = torch.where((after < before)[..., None], found, nearest)
     layer.write(best.reshape(layer.weight().shape))
     return float(before.mean()), float(torch.minimum(before, after).mean())
+
+
+def _square(patches: Tensor) -> Tensor:
+    """The mean of x·xᵀ over the patches, [groups, inputs, inputs] in float64; a part of them at a time."""
+    groups, count, inputs = patches.shape
+    total = torch.zeros(groups, inputs, inputs, dtype=torch.float64, device=patches.device)
+    for part in torch.split(patches, _PART, dim=1):
+        total += part.double().transpose(1, 2) @ part.double()
+    return total / count
 
 
 def solve(weight: Tensor, hessian: Tensor, scale: Tensor, zero: Tensor, low: int, high: int,
@@ -65,4 +73,5 @@ def _factor(hessian: Tensor) -> Tensor:
     dead = diagonal == 0
     damping = (DAMPING * diagonal.mean(-1, keepdim=True)).clamp(min=torch.finfo(torch.float64).tiny) + dead.double()
     lower = torch.linalg.cholesky(hessian + torch.diag_embed(damping))
-    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+    upper: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+    return upper

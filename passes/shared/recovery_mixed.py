@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections import ChainMap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,8 @@ from fxcompress.graph.interpret import evaluating, values_of
 from fxcompress.graph.ops import kind_of, module_of
 from fxcompress.nn.quantizer import Quantizer
 from fxcompress.passes.shared.integer import role_of
-from fxcompress.passes.shared.recovery import Layer
+from fxcompress.passes.shared.recovery import Layer, spread
+from fxcompress.passes.shared.recovery_bias import channels, mean_shift
 from fxcompress.passes.shared.recovery_walk import some_inputs
 from fxcompress.passes.shared.switching import quantizers_of, without_rounding
 from fxcompress.passes.shared.weights import absorb
@@ -126,6 +128,9 @@ def _few(batches: Iterable[list[Any]], fixed: str) -> Iterable[list[Any]]:
                    else value for value in inputs]
 
 
+_Env = Mapping[fx.Node, Any]
+
+
 class _Run:
     """Every value of the float model for one batch."""
 
@@ -138,23 +143,43 @@ class _Run:
         self.given = _floats(self.values[self.output])
 
     def noise(self, layer: Layer) -> float:
-        """Σ(ŷ − y)² with `layer` alone rounded."""
-        rounded = [node for node in (layer.call, layer.data) if kind_of(node) == "quantizer"]
-        env: ChainMap[fx.Node, Any] = ChainMap({}, self.values)
-        self.run.env = env  # type: ignore[assignment]
-        for node in rounded:
-            quantizer: Any = module_of(node)
-            quantizer.on = True
-            env[node] = self.run.run_node(node)
-            quantizer.on = False
-        env[layer.node] = self.run.run_node(layer.node)
-        dirty = {layer.node}
-        for node in self.nodes[self.nodes.index(layer.node) + 1:]:
-            if any(source in dirty for source in node.all_input_nodes):
-                env[node] = self.run.run_node(node)
-                dirty.add(node)
+        """Σ(ŷ − y)² with `layer` alone rounded; where biases are to be corrected, with its own corrected for that."""
+        given = self._after({layer.call, *_sources(layer.data)}, layer.node)[layer.node]
+        if layer.asked.correct_bias:
+            expected = self._after(set(), layer.node)[layer.node]
+            shift = mean_shift(layer, [given], [expected])
+            given = given - spread(shift, channels(layer), given).to(given.dtype)
+        found = self._after({layer.node}, self.output, {layer.node: given})[self.output]
         return sum(float((a.double() - b.double()).square().sum())
-                   for a, b in zip(_floats(env[self.output]), self.given, strict=True))
+                   for a, b in zip(_floats(found), self.given, strict=True))
+
+    def _after(self, changed: set[fx.Node], end: fx.Node, given: Mapping[fx.Node, Any] | None = None) -> _Env:
+        """The values up to `end`, which is computed in any case, with those that come after `changed` computed anew:
+        what quantizers in it give, rounded, or what is `given`."""
+        env: ChainMap[fx.Node, Any] = ChainMap(dict(given or {}), self.values)  # type: ignore[arg-type]
+        self.run.env = env  # type: ignore[assignment]
+        dirty = set(given or ())
+        for node in self.nodes[:self.nodes.index(end) + 1]:
+            if node in dirty or not (node in changed or node is end or any(
+                    source in dirty for source in node.all_input_nodes)):
+                continue
+            with _rounding(node, node in changed):
+                env[node] = self.run.run_node(node)
+            dirty.add(node)
+        return env
+
+
+@contextmanager
+def _rounding(node: fx.Node, on: bool) -> Iterator[None]:
+    """A quantizer, which is off otherwise, on."""
+    module: Any = module_of(node) if on else None
+    if module is not None:
+        module.on = True
+    try:
+        yield
+    finally:
+        if module is not None:
+            module.on = False
 
 
 def _floats(value: Any) -> list[Tensor]:

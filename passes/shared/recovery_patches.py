@@ -1,13 +1,14 @@
 """Convolutions and linear layers as one product: patches of what a layer reads, times its weight in rows.
 
-[patches, groups, inputs] × [groups, outputs, inputs] gives [patches, groups, outputs]. A linear layer has one group, a
+[groups, patches, inputs] × [groups, outputs, inputs] gives [groups, patches, outputs]. A linear layer has one group, a
 depthwise convolution as many as channels. Which patches are looked at is drawn from a seed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,11 +69,13 @@ class Places:
             share = min(size, -(-count * size // sum(sizes)))
             self.places.append(torch.randperm(size, generator=generator)[:share].to(value.device))
         self.shapes = [tuple(value.shape[-2:]) for value in gives]
+        self.order = torch.randperm(sum(map(len, self.places)), generator=generator).to(gives[0].device)
 
     def of(self, values: list[Tensor]) -> Tensor:
-        """[patches, groups, inputs] of what the layer reads."""
-        return torch.cat([self._linear(x, at) if self.linear else self._conv(x, at, shape)
-                          for x, at, shape in zip(values, self.places, self.shapes, strict=True)])
+        """[groups, patches, inputs] of what the layer reads, in random order."""
+        found = torch.cat([self._linear(x, at) if self.linear else self._conv(x, at, shape)
+                           for x, at, shape in zip(values, self.places, self.shapes, strict=True)])
+        return found[self.order].transpose(0, 1).contiguous()
 
     @staticmethod
     def _linear(x: Tensor, at: Tensor) -> Tensor:
@@ -88,29 +91,24 @@ class Places:
         return found.permute(0, 3, 1, 2).reshape(len(at), made.groups, -1)
 
 
-def multiply(patches: Tensor, rows: Tensor) -> Tensor:
-    """[patches, groups, outputs]."""
-    return torch.bmm(patches.transpose(0, 1), rows.transpose(1, 2)).transpose(0, 1)
-
-
-def bias_of(layer: Layer, product: Product) -> Tensor | float:
-    """The bias as [groups, outputs], or 0."""
-    bias = layer.tensor("bias")
-    return 0.0 if bias is None else bias.detach().reshape(product.groups, -1)
+def bias_of(layer: Layer, product: Product) -> Tensor:
+    """The bias as [groups, 1, outputs], zeros where there is none."""
+    bias, weight = layer.tensor("bias"), layer.weight()
+    return (weight.new_zeros(len(weight)) if bias is None else bias.detach()).reshape(product.groups, 1, -1)
 
 
 # Activation -> the function, of those that a kernel computes behind its product.
-ACTIVATIONS: Mapping[str, Any] = {
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu, "relu6": F.relu6, "hardswish": F.hardswish, "silu": F.silu,
 }
 
 
-def activation_of(layer: Layer) -> Any:
+def activation_of(layer: Layer) -> Callable[[Tensor], Tensor]:
     """The function behind the product in its region; the identity where there is none, or an addition comes first."""
     node = layer.region.activation
     if node is None or layer.region.add is not None:
         return lambda x: x
     if kind_of(node) == "hardtanh":
         values = arguments(node)
-        return lambda x: F.hardtanh(x, values["min_val"], values["max_val"])
+        return partial(F.hardtanh, min_val=values["min_val"], max_val=values["max_val"])
     return ACTIVATIONS[kind_of(node)]

@@ -1,25 +1,26 @@
 """`adaround`: whether each weight is rounded up or down is learned, on what its layer gives.
 
 Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", 2020: minimise ‖f(Wx) − f(Ŵx̂)‖² over
-Ŵ = s·clip(⌊W/s⌋ + h(V)), h(V) = clip(1.2·σ(V) − 0.1, 0, 1), with a term 1 − |2h − 1|^β that drives h to 0 or 1 as β falls
-(equations 21 to 25). Here the squared error of each output is divided by that of rounding to nearest, so that one
-weight of the term fits all layers; and where nearest rounding turns out the better for an output, that is taken.
+Ŵ = s·clip(⌊W/s⌋ + h(V)), h(V) = clip(1.2·σ(V) − 0.1, 0, 1), with a term 1 − |2h − 1|^β that drives h to 0 or 1 as β
+falls (equations 21 to 25). Here the squared error of each output is divided by that of rounding to nearest, and the
+term is a mean over its inputs, so that one weight of the term fits all layers and few steps do; and where nearest
+rounding turns out the better for an output, that is taken.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fxcompress.passes.shared.recovery import Layer
-from fxcompress.passes.shared.recovery_patches import Places, Product, activation_of, bias_of, multiply
+from fxcompress.passes.shared.recovery_patches import Places, Product, activation_of, bias_of
 from fxcompress.passes.shared.recovery_walk import Sight
 
 STEPS = 300
-_PATCHES, _SAMPLE = 2048, 256  # kept of a layer, and looked at in one step
+_PATCHES, _SAMPLE = 2048, 128  # kept of a layer, and looked at in one step
 _RATE, _WEIGHT = 0.2, 12.0  # of Adam, and of the term that drives to 0 and 1
 _WARM = 0.2  # the share of the steps without that term
 _BETA = (20.0, 2.0)
@@ -28,7 +29,8 @@ _LOW, _HIGH = -0.1, 1.1  # ends of the stretched sigmoid
 
 @dataclass
 class _Problem:
-    """A layer's weights as rows [groups, outputs, inputs], and what they are multiplied with."""
+    """A layer's weights as rows [groups, outputs, inputs], and what they are multiplied with: `patches` are [groups,
+    patches, inputs], their order is that of chance; `target` and what is given are [groups, patches, outputs]."""
 
     layer: Layer
     patches: Tensor
@@ -36,8 +38,8 @@ class _Problem:
     weight: Tensor
     scale: Tensor
     zero: Tensor
-    bias: Tensor | float
-    activation: Any
+    bias: Tensor
+    activation: Callable[[Tensor], Tensor]
 
     def round(self, up: Tensor) -> Tensor:
         """The weight as rounded: `up` in [0, 1] is how far each is rounded up."""
@@ -50,10 +52,10 @@ class _Problem:
         steps = self.weight / self.scale
         return steps.round() - steps.floor()
 
-    def errors(self, up: Tensor, some: Tensor | slice = slice(None)) -> Tensor:
+    def errors(self, up: Tensor, some: slice = slice(None)) -> Tensor:
         """The mean squared error of each output, [groups, outputs]."""
-        given = self.activation(multiply(self.patches[some], self.round(up)) + self.bias)
-        return (given - self.target[some]).square().mean(0)
+        given = self.activation(torch.baddbmm(self.bias, self.patches[:, some], self.round(up).transpose(1, 2)))
+        return (given - self.target[:, some]).square().mean(1)
 
 
 def adaround(layer: Layer, sight: Sight, seed: int = 0) -> tuple[float, float]:
@@ -64,7 +66,7 @@ def adaround(layer: Layer, sight: Sight, seed: int = 0) -> tuple[float, float]:
     places = Places(layer, product, sight.gives, _PATCHES, seed)
     scale, zero = (product.rows(part) for part in layer.grid())
     weight, activation, bias = product.rows(layer.weight()), activation_of(layer), bias_of(layer, product)
-    target = activation(multiply(places.of(sight.floats), weight) + bias)
+    target = activation(torch.baddbmm(bias, places.of(sight.floats), weight.transpose(1, 2)))
     problem = _Problem(layer, places.of(sight.rounded), target, weight, scale, zero, bias, activation)
     nearest = problem.nearest()
     learned = _learned(problem, seed)
@@ -84,9 +86,11 @@ def _learned(problem: _Problem, seed: int) -> Tensor:
     optimizer = torch.optim.Adam([v], lr=_RATE)
     size = problem.errors(problem.nearest()).clamp(min=torch.finfo(torch.float32).tiny)
     generator = torch.Generator().manual_seed(seed)
+    last = max(1, problem.patches.shape[1] - _SAMPLE + 1)
     with torch.enable_grad():
         for step in range(STEPS):
-            some = torch.randint(len(problem.patches), (_SAMPLE,), generator=generator).to(v.device)
+            first = int(torch.randint(last, (1,), generator=generator))
+            some = slice(first, first + _SAMPLE)
             up = (v.sigmoid() * (_HIGH - _LOW) + _LOW).clamp(0, 1) * free
             loss = (problem.errors(up, some) / size).sum()
             done = (step / STEPS - _WARM) / (1 - _WARM)
@@ -94,6 +98,6 @@ def _learned(problem: _Problem, seed: int) -> Tensor:
                 beta = _BETA[1] + (_BETA[0] - _BETA[1]) * (1 - done)
                 loss = loss + _WEIGHT * (1 - (2 * up - 1).abs().pow(beta)).mean(-1).sum()
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     return ((v.detach() > 0) & free).to(problem.weight.dtype)

@@ -20,7 +20,7 @@ from fxcompress.graph.ops import arguments, call, kind_of, module_of, path_of
 from fxcompress.passes.shared.inference import vanishes
 from fxcompress.passes.shared.masking import parameter_of
 from fxcompress.passes.shared.normalizing import few
-from fxcompress.passes.shared.recovery import RECOVERY, Layer, Recovery, Sharing
+from fxcompress.passes.shared.recovery import RECOVERY, Layer, Sharing
 from fxcompress.passes.shared.recovery_equalize import Largest
 from fxcompress.passes.shared.switching import without_rounding
 
@@ -116,7 +116,8 @@ def smooth(captured: Captured, layers: Sequence[Layer], data: Calibration) -> tu
     for group in groups:
         group.scale(group.factors())
     if wanted:
-        notes.insert(0, f"smooth: {sum(len(group.layers) for group in groups)} linear layers behind {len(groups)} norms")
+        count = sum(len(group.layers) for group in groups)
+        notes.insert(0, f"smooth: {count} linear layers behind {len(groups)} norms")
     return [layer for group in groups for layer in group.layers], notes
 
 
@@ -124,8 +125,10 @@ def _groups(captured: Captured, layers: Sequence[Layer], notes: list[str]) -> It
     sharing, by_source, skipped = Sharing(captured), dict[fx.Node, list[Layer]](), dict[str, list[str]]()
     for layer in layers:
         source = _source(layer)
-        why = "it isn't a linear layer" if kind_of(layer.node) != "linear" else "it reads no norm" if source is None else (
-            sharing.why_not(layer))
+        if kind_of(layer.node) != "linear":
+            why: str | None = "it isn't a linear layer"
+        else:
+            why = "it reads no norm" if source is None else sharing.why_not(layer)
         if why is not None:
             skipped.setdefault(why, []).append(layer.name)
         elif source is not None:
@@ -156,8 +159,3 @@ def _readers(node: fx.Node) -> Iterator[fx.Node]:
             yield from _readers(user)
         else:
             yield user
-
-
-def asks(recovery: Recovery) -> bool:
-    """Whether there is something to make room for."""
-    return recovery.smooth > 0

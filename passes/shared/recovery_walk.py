@@ -54,8 +54,8 @@ def walk(captured: Captured, data: Calibration, layers: Iterable[Layer], act: Ac
 
 
 def some_inputs(captured: Captured, data: Calibration, samples: int) -> list[list[Any]]:
-    """The inputs of the first batches of `data`, on the model's device, until there are `samples` samples; the last batch
-    is cut, unless the graph only works for its own batch size."""
+    """The inputs of the first batches of `data`, on the model's device, until there are `samples` samples; the last
+    batch is cut, unless the graph only works for its own batch size."""
     device = device_of(captured.module, captured.example)
     found, left = [], samples
     for number, batch in enumerate(data.batches, 1):
@@ -110,7 +110,7 @@ class _Walk:
             if node.op == "placeholder":
                 floats[node] = rounded[node] = run.run_node(node)
             else:
-                floats[node] = floats[node.args[0]] if kind_of(node) == "quantizer" else _run(run, floats, node)
+                floats[node] = floats[node.all_input_nodes[0]] if kind_of(node) == "quantizer" else _run(run, floats, node)
         if node.op == "placeholder":
             return
         if node in self.layers:
