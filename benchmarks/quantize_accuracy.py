@@ -28,21 +28,19 @@ from tables import Row, markdown, read, write
 RESULTS = Path(__file__).parent / "results/quantize_accuracy.csv"
 COLUMNS = ("way", "settings", "agreement", "sqnr", "seconds")
 BATCH = 21
-_NARROW = "bits = 8 bits, weight_bits = 7 bits"  # no two products of these saturate 16 bits
+_WON = "equalize = true, adaround = true, correct_bias = true"
 # Name -> the settings of `quantize conv2d | linear`.
 WAYS: Mapping[str, str] = {
     "weights alone, 8 bits": "mode = weight_only",
-    "values in 7 bits, weights in 8": "bits = 7 bits, weight_bits = 8 bits",
-    "values in 8 bits, weights in 7": _NARROW,
-    "+ correct_bias": f"{_NARROW}, correct_bias = true",
-    "+ equalize": f"{_NARROW}, equalize = true, correct_bias = true",
-    "+ adaround": f"{_NARROW}, equalize = true, adaround = true, correct_bias = true",
-    "gptq instead": f"{_NARROW}, equalize = true, gptq = true, correct_bias = true",
-    "mixed = 10% alone": f"{_NARROW}, mixed = 10%",
-    "mixed = 10%, correct_bias": f"{_NARROW}, correct_bias = true, mixed = 10%",
-    "mixed = 10%, equalize, correct_bias": f"{_NARROW}, equalize = true, correct_bias = true, mixed = 10%",
-    "mixed = 10%, equalize, adaround, correct_bias": f"{_NARROW}, equalize = true, adaround = true, "
-                                                     "correct_bias = true, mixed = 10%",
+    "static: values in 7 bits where the CPU has no VNNI": "",
+    "weights in 7 bits, values in 8": "bits = 8 bits, weight_bits = 7 bits",
+    "static, correct_bias": "correct_bias = true",
+    "static, equalize, correct_bias": "equalize = true, correct_bias = true",
+    "static, equalize, adaround, correct_bias": _WON,
+    "static, mixed = 10%": "mixed = 10%",
+    "static, correct_bias, mixed = 10%": "correct_bias = true, mixed = 10%",
+    "static, equalize, correct_bias, mixed = 10%": "equalize = true, correct_bias = true, mixed = 10%",
+    "static, equalize, adaround, correct_bias, mixed = 10%": f"{_WON}, mixed = 10%",
 }
 
 

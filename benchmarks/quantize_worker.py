@@ -66,7 +66,7 @@ def ours(policy: str, **options: Any) -> Callable[[Job], Run]:
 
 def auto(job: Job) -> Run:
     """The fastest of what is installed."""
-    module, inputs = compressed(job, STATIC).finalize(target="auto", data=job.calibration), job.inputs
+    module, inputs = compressed(job, STATIC).finalize(target="auto", data=job.inputs), job.inputs
     return lambda: module(*inputs)
 
 
