@@ -3,9 +3,9 @@
     calibration, test = crops()     # [63, 3, 224, 224] and [105, 3, 224, 224]
     model = efficientnet_lite0()
 
-The photographs are those of scikit-image and scikit-learn. Each is cut in two along its longer side: crops to calibrate on
-come from the first two fifths, those to test on from the other three, so that they have no pixel in common. Nothing is
-downloaded.
+The photographs are those of scikit-image and scikit-learn. Each is cut in two along its longer side: crops to calibrate
+on come from the first two fifths, those to test on from the other three, so that they have no pixel in common. Nothing
+is downloaded.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
 
 The networks and the digits are those of `remove_accuracy.py`; each seed has a split of its own. The network in floats
 is trained once a seed. `static` is calibrated on 256 training images; `qat` trains on from the same floats for a few
-epochs more, and `fp32, tuned` does the same without rounding, so that what the epochs bring isn't counted for the rounding.
-All but fp32 are what `finalize(target="cpu")` gives: 8 bits in integer kernels (values in 7 where products of bytes
+epochs more, and `fp32, tuned` does the same without rounding, so that what the epochs bring isn't counted for it. All
+but fp32 are what `finalize(target="cpu")` gives: 8 bits in integer kernels (values in 7 where products of bytes
 saturate), 4 bits for weights and values. Accuracies are those on 1,000 digits that were never trained on.
 """
 

@@ -55,7 +55,7 @@ class Job:
             return MiniLM()
         import torchvision
 
-        torch.manual_seed(0)  # of the weights; those of a head that is all zeros are drawn in `_settle`
+        torch.manual_seed(0)  # of the weights; `_settle` draws those that are all zeros
         net: nn.Module = torchvision.models.get_model(self.model)
         kept = cached(PLACE / f"{self.model}-torch-{version('torch')}.pt", lambda path: _settle(net, path))
         net.load_state_dict(torch.load(kept, weights_only=True))
@@ -118,6 +118,8 @@ def _settle(net: nn.Module, path: Path) -> None:
     for layer in net.modules():
         if isinstance(layer, torch.nn.Linear) and not layer.weight.any():  # vit's head, which would give zeros
             torch.nn.init.trunc_normal_(layer.weight, std=0.02)
+    if isinstance(token := getattr(net, "class_token", None), torch.nn.Parameter):  # zeros, lost beside patches of one
+        torch.nn.init.normal_(token)  # scale, as a trained one isn't
     net.train()
     with torch.no_grad():
         for seed in range(batches):

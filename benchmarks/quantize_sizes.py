@@ -3,9 +3,8 @@
     python benchmarks/quantize_sizes.py [--quick] [--out benchmarks/results/quantize_sizes.csv]
     python benchmarks/quantize_sizes.py --show        # the table of the CSV, without running anything
 
-Weights are random: they take the same room as trained ones. `int8` quantizes convolutions and linear layers, `linear` is
-a perceptron of nothing else, and embeddings of the BERT (MiniLM's sizes, a third of its parameters) go with the others
-where `weight_only` takes them.
+Weights are random: they take the same room as trained ones. `linear` is a perceptron of linear layers alone; MiniLM
+stands for a BERT of its sizes, half of whose parameters are embeddings, which only `weight_only` takes.
 """
 
 from __future__ import annotations
@@ -80,10 +79,10 @@ class Subject:
 IMAGE = torch.zeros(1, 3, 224, 224)
 WORDS = torch.zeros(1, 16, dtype=torch.int64)
 SUBJECTS = {
-    "resnet18": Subject(lambda: torchvision.models.resnet18(), IMAGE, ("conv2d | linear as int8",
-                                                                       "conv2d | linear as int4_weights")),
-    "vit_b_16": Subject(lambda: torchvision.models.vit_b_16(), IMAGE, ("conv2d | linear as int8_dynamic",
-                                                                       "conv2d | linear as int4_weights")),
+    "resnet18": Subject(torchvision.models.resnet18, IMAGE, ("conv2d | linear as int8",
+                                                             "conv2d | linear as int4_weights")),
+    "vit_b_16": Subject(torchvision.models.vit_b_16, IMAGE, ("linear | multihead_attention as int8_dynamic",
+                                                             "conv2d | linear | multihead_attention as int4_weights")),
     "MiniLM": Subject(Bert, WORDS, ("linear as int8_dynamic", "linear | embedding as int8_weights",
                                     "linear | embedding as int4_weights")),
     "linear": Subject(perceptron, torch.zeros(1, 1024), ("linear as int8", "linear as int4_weights")),
@@ -91,11 +90,12 @@ SUBJECTS = {
 
 
 def written(module: nn.Module) -> int:
-    """The bytes of its artifact."""
+    """The bytes of its artifact, all files of it."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model"
         fxcompress.save(module, path)
-        return path.stat().st_size
+        return sum(file.stat().st_size for file in path.rglob("*")
+                   if file.is_file() and not file.is_symlink())
 
 
 def rows_of(name: str) -> Iterator[Row]:

@@ -107,11 +107,15 @@ def drift(found: Any, expected: Tensor) -> float:
 
 def prepared(job: Job, contestant: str, send: Callable[[dict[str, Any]], None]) -> Run | None:
     """A forward pass that has run before; None, and the reason sent, where that fails."""
+    import torch
+
     begin = time.perf_counter()
     try:
-        run = CONTESTANTS[contestant](job)
-        run()
-        found = drift(run(), reference(job))
+        with torch.no_grad():
+            expected, run = reference(job), CONTESTANTS[contestant](job)
+        with mode(contestant):
+            run()
+            found = drift(run(), expected)
     except Exception as error:  # noqa: BLE001  whatever a peer raises is its row of the table
         import traceback
 
@@ -124,6 +128,13 @@ def prepared(job: Job, contestant: str, send: Callable[[dict[str, Any]], None]) 
     send({"ready": True, "drift": found, "seconds": time.perf_counter() - begin, "memory": memory,
           "detail": getattr(run, "detail", "")})
     return run
+
+
+def mode(contestant: str) -> Any:
+    """In which it runs."""
+    import torch
+
+    return torch.no_grad() if contestant in NOT_INFERENCE else torch.inference_mode()
 
 
 def timed(run: Run, repeats: int) -> float:
@@ -158,9 +169,9 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    with torch.inference_mode(mode=contestant not in NOT_INFERENCE), torch.no_grad():
-        run = prepared(Job(model, int(batch)), contestant, send)
-        if run is not None:
+    run = prepared(Job(model, int(batch)), contestant, send)
+    if run is not None:
+        with mode(contestant):
             serve(run, sys.stdin, send)
 
 

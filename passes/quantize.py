@@ -75,11 +75,13 @@ class Quantize(Pass):
                            "with others", False)
     smooth: float = param(Percent(), "how much of the outliers of what linear layers read behind a norm goes over into "
                           "their weights: 50% is usual", 0.0)
-    adaround: bool = param(Boolean(), "learn on calibration data which weights are rounded up, and which down", False)
-    gptq: bool = param(Boolean(), "round weights one input after the other, so that those to come make up for the error "
+    adaround: bool = param(Boolean(), "learn on calibration data which weights are rounded up and which down",
+                           False)
+    gptq: bool = param(Boolean(), "round weights one input after another, so that those to come make up for the error "
                        "on calibration data", False)
-    correct_bias: bool = param(Boolean(), "take off biases what rounding shifts means by, on calibration data", False)
-    mixed: float = param(Percent(), "the share of the selected layers' multiply-accumulates that may stay in float: the "
+    correct_bias: bool = param(Boolean(), "take off biases what rounding shifts means by, on calibration data",
+                               False)
+    mixed: float = param(Percent(), "the share of the selected layers' MACs that may stay in float: the "
                          "layers that lose the most by rounding, each tried on calibration data", 0.0)
 
     def __post_init__(self) -> None:

@@ -79,8 +79,8 @@ save_file({name: x.clone() for name, x in deployed(**load_file(sys.argv[2])).ite
 """
 
 
-def test_saved_and_loaded_in_a_fresh_process(chosen: tuple[fxcompress.Result, Tensor, Deployed],
-                                             tmp_path: Path) -> None:
+def test_saved_and_loaded_in_a_fresh_process(
+        chosen: tuple[fxcompress.Result, Tensor, Deployed], tmp_path: Path) -> None:
     _, x, deployed = chosen
     deployed.save(tmp_path / "out")
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["deployed.json", "model.bin", "model.xml"]
@@ -147,7 +147,7 @@ def test_expectations_are_kept_by_every_engine(monkeypatch: pytest.MonkeyPatch) 
     torch_alone(monkeypatch)
     deployed = result.finalize(data=x)
     assert deployed.precision == "fp32" and deployed.table is not None
-    assert next(row.why for row in deployed.table.rows if row.precision == "int8").startswith("the result is not as")
+    assert next(row for row in deployed.table.rows if row.precision == "int8").why.startswith("the result is not as")
 
 
 def test_a_missing_engine_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import fxcompress
 from fxcompress.graph.ops import kind_of
+from fxcompress.graph.predicates import held
+from fxcompress.inspect import report
 from fxcompress.nn import FreezingBatchNorm2d, IntConv2d, IntLinear, TrainedQuantizer
 from fxcompress.nn.scheme import Scheme
 from fxcompress.passes import Quantize
@@ -159,6 +161,13 @@ def test_evaluation_moves_nothing() -> None:
     before = {name: tensor.clone() for name, tensor in result.module.state_dict().items()}
     result.module.eval()(noise(8, 1, 6, 6, seed=3) * 10)
     assert all(torch.equal(tensor, before[name]) for name, tensor in result.module.state_dict().items())
+
+
+def test_the_factors_of_a_norm_are_counted_once() -> None:
+    captured = compiled().captured
+    layers = {layer.label: layer.params for layer in report(captured.module).after.layers}
+    assert layers["0"] == 6 * 9 and layers["1"] == 2 * 6 and held(captured.node("_0"), "params") == 6 * 9
+    assert captured.facts.params == sum(parameter.numel() for parameter in captured.module.parameters())
 
 
 # The schedule

@@ -214,5 +214,5 @@ def _once(one: Deployed, example: Example) -> float:
 
 def tensors_by_name(module: fx.GraphModule, values: Sequence[Any]) -> Example:
     """A call of `module` with the tensors among `values`, which are those of its placeholders."""
-    names = [node.name for node in module.graph.find_nodes(op="placeholder")]
+    names = [str(node.target) for node in module.graph.find_nodes(op="placeholder")]
     return Example((), {name: value for name, value in zip(names, values, strict=True) if isinstance(value, Tensor)})

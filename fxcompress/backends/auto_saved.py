@@ -85,11 +85,12 @@ def read(directory: Path, own: tuple[str, ...],
     if document.value.get("version") != VERSION:
         fail("FXC0602", f"the deployment is of another version; this fxcompress reads version {VERSION}")
     fields = document.fields(("format", "version", "engine", "precision", "table", "files", "signature"))
-    about = {"engine": fields["engine"].choice((*own, *files)), "table": _table(fields["table"]),
+    engine = fields["engine"].choice((*own, *files))
+    about = {"engine": engine, "table": _table(fields["table"]),
              "precision": fields["precision"].choice(("int8", "fp32"))}
-    if about["engine"] in own:
+    if engine in own:
         return about, load(directory / "artifact"), None
-    _check(directory, fields["files"], files[about["engine"]])
+    _check(directory, fields["files"], files[engine])
     return about, None, _signature(fields["signature"])
 
 

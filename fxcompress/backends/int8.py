@@ -32,12 +32,11 @@ KERNEL_BITS = 8  # of the integers that kernels read and give: narrower ones are
 
 @dataclass
 class Lowered:
-    """What `lower` did: `kernels` has the new nodes by the name of the layer's node, `chosen` why it is this kernel;
-    `left` says of each quantized layer that stays in float why."""
+    """What `lower` did: `kernels` has the new nodes by the name of the layer's node; `left` says of each quantized
+    layer that stays in float why."""
 
     kernels: dict[str, fx.Node] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
-    chosen: dict[str, str] = field(default_factory=dict)
 
 
 def lower(captured: Captured, done: Lowered) -> None:

@@ -19,7 +19,7 @@ def need(*names: str) -> None:
     missing = _missing(names)
     if missing:
         extras = ",".join(dict.fromkeys(_EXTRA[name] for name in missing))
-        raise PlanError([Diagnostic("FXC0640", f"{' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} not "
+        raise PlanError([Diagnostic("FXC0640", f"{', '.join(missing)} {'are' if len(missing) > 1 else 'is'} not "
                                     "installed", help=f"pip install 'fxcompress[{extras}]'")])
 
 

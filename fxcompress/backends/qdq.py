@@ -19,9 +19,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from .. import nn as layers
 from ..nn.integer import After, Grid, IntConv2d, IntLinear
 from ..nn.moving import Interleave, IntMaxPool2d, IntMean, ToFloat, ToInteger
 from ..nn.quantizer import Quantizer
+from .qdq_nodes import Dequantized, Rounded
+from .qdq_weights import DynamicLinear, WeightConv2d, WeightEmbedding, WeightLinear
 
 _TOP = 255  # of uint8
 _INT32 = 2**31 - 1
@@ -78,43 +81,6 @@ def _move(root: fx.GraphModule, node: fx.Node, grid: Grid, grids: dict[fx.Node, 
         node.replace_all_uses_with(rounded, delete_user_cb=lambda user: user is not rounded)
 
 
-def _onnx(operator: str, *inputs: Tensor | None, like: Tensor, dtype: torch.dtype, **attributes: int) -> Tensor:
-    """A call of an operator of ONNX that gives a tensor of the shape of `like`."""
-    made: Tensor = torch.onnx.ops.symbolic(operator, inputs, attributes, dtype=dtype, shape=like.shape)
-    return made
-
-
-class Rounded(nn.Module):
-    """Floats rounded to integers of 8 bits or fewer, and floats again: with one scale, or one for each index of
-    `axis`."""
-
-    scale: Tensor
-    zero_point: Tensor
-    low: Tensor
-    high: Tensor
-
-    def __init__(self, scale: Tensor, zero_point: Tensor, low: int, high: int, axis: int | None = None) -> None:
-        """`scale` and `zero_point` are numbers, or vectors with an `axis`; integers are kept between `low` and `high`,
-        and are of int8 where `low` is negative."""
-        super().__init__()
-        self.axis, self.dtype = axis, torch.int8 if low < 0 else torch.uint8
-        whole = torch.iinfo(self.dtype)
-        self.clips = (low, high) != (whole.min, whole.max)
-        self.register_buffer("scale", scale.to(torch.float32))
-        self.register_buffer("zero_point", zero_point.to(self.dtype))
-        if self.clips:
-            self.register_buffer("low", torch.tensor(low, dtype=self.dtype))
-            self.register_buffer("high", torch.tensor(high, dtype=self.dtype))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """float32, of the shape of `x`."""
-        axis = {} if self.axis is None else {"axis": self.axis}
-        q = _onnx("QuantizeLinear", x, self.scale, self.zero_point, like=x, dtype=self.dtype, **axis)
-        if self.clips:
-            q = _onnx("Clip", q, self.low, self.high, like=x, dtype=self.dtype)
-        return _onnx("DequantizeLinear", q, self.scale, self.zero_point, like=x, dtype=torch.float32, **axis)
-
-
 def _rounded(grid: Grid, clips: bool = True) -> Rounded:
     """Rounds to `grid`; `clips` is off where no value can lie above it."""
     return Rounded(torch.tensor(grid.scale), torch.tensor(grid.zero_point), grid.low, grid.high if clips else _TOP)
@@ -127,27 +93,6 @@ def _quantizer(module: nn.Module) -> nn.Module:
     scheme, each = module.scheme, module.axis is not None
     scale, zero_point = (part if each else part.reshape(()) for part in (module.scale, module.zero_point))
     return Rounded(scale, zero_point, scheme.low, scheme.high, module.axis)
-
-
-class Dequantized(nn.Module):
-    """Integers with a scale for each index of `axis`, as floats. Always with zero points: ONNX Runtime's more exact
-    mode for CPUs without VNNI fails without."""
-
-    integers: Tensor
-    scale: Tensor
-    zero_point: Tensor
-
-    def __init__(self, integers: Tensor, scale: Tensor, axis: int = 0) -> None:
-        super().__init__()
-        self.axis = axis
-        self.register_buffer("integers", integers)
-        self.register_buffer("scale", scale)
-        self.register_buffer("zero_point", torch.zeros(len(scale), dtype=integers.dtype))
-
-    def forward(self) -> Tensor:
-        """float32, of the shape of the integers."""
-        return _onnx("DequantizeLinear", self.integers, self.scale, self.zero_point, like=self.integers,
-                     dtype=torch.float32, axis=self.axis)
 
 
 class _Product(nn.Module):
@@ -167,7 +112,7 @@ class _Product(nn.Module):
         if other is not None:
             made = made + other
         made = _ACTIVATIONS[self.activation](made, *self.numbers)
-        return self.gives(made) if self.rounds else made  # type: ignore[no-any-return]
+        return self.gives(made) if self.rounds else made
 
 
 _ACTIVATIONS: Mapping[str, Callable[..., Tensor]] = {
@@ -289,7 +234,7 @@ class Interleaved(nn.Module):
 
 # What a module on integers is in floats, given the grid of what it reads (None for floats) and the rank of what it
 # gives; and the grid of what it gives.
-Rule = Callable[[Any, Grid | None, int], tuple[nn.Module, Grid | None]]
+Rule = Callable[[Any, Any, int], tuple[nn.Module, Grid | None]]
 
 RULES: Mapping[str, Rule] = {
     ToInteger.fxc_kind: lambda module, reads, rank: (_rounded(module.gives), module.gives),
@@ -299,5 +244,9 @@ RULES: Mapping[str, Rule] = {
     IntMaxPool2d.fxc_kind: lambda module, reads, rank: (MaxPool2d(module, reads), reads),
     IntMean.fxc_kind: lambda module, reads, rank: (Mean(module.keepdim), None),
     Interleave.fxc_kind: lambda module, reads, rank: (Interleaved(reads), reads),
+    layers.DynamicLinear.fxc_kind: lambda module, reads, rank: (DynamicLinear(module), None),
+    layers.WeightOnlyLinear.fxc_kind: lambda module, reads, rank: (WeightLinear(module), None),
+    layers.WeightOnlyConv2d.fxc_kind: lambda module, reads, rank: (WeightConv2d(module), None),
+    layers.WeightOnlyEmbedding.fxc_kind: lambda module, reads, rank: (WeightEmbedding(module), None),
     Quantizer.fxc_kind: lambda module, reads, rank: (_quantizer(module), None),
 }

@@ -31,9 +31,9 @@ class Input:
 
 @dataclass(frozen=True)
 class Signature:
-    """`inputs` in the order of the graph's placeholders; `outputs` are the names of the tensors given, each once.
-    `result` is the nest that the model gives: a tuple, list or dict of such, of places in `outputs`, written as
-    `{"at": 0}`, and of constants, `{"is": None}`."""
+    """`inputs` by the names that the module's `forward` has for them, in order; `outputs` are the names of the tensors
+    given, each once. `result` is the nest that the model gives: a tuple, list or dict of such, of places in `outputs`,
+    written as `{"at": 0}`, and of constants, `{"is": None}`."""
 
     inputs: Mapping[str, Input]
     outputs: tuple[str, ...]
@@ -48,7 +48,7 @@ class Signature:
             if node.op == "placeholder":
                 fact: NodeFact | None = node.meta.get("fxc")
                 if fact is not None and isinstance(fact.dtype, torch.dtype):
-                    inputs[node.name] = Input(fact.shape, fact.dtype, fact.dynamic)
+                    inputs[str(node.target)] = Input(fact.shape, fact.dtype, fact.dynamic)
                 elif not node.args:
                     raise _unfit(f"the input `{node.name}` is no tensor")
         tensors: list[fx.Node] = []
@@ -88,14 +88,17 @@ def flatten_inputs(module: fx.GraphModule) -> None:
     """Let `module` take the tensors of its signature alone, in place: other inputs get their defaults."""
     for node in module.graph.find_nodes(op="placeholder"):
         if not isinstance(node.meta["fxc"].dtype, torch.dtype):
-            default = node.args[0]
             for user in list(node.users):
-                given = fx.map_arg((user.args, user.kwargs),
-                                   lambda arg, at=node, new=default: new if arg is at else arg)
-                user.args, user.kwargs = given
+                user.args, user.kwargs = _with(user.args, node), _with(user.kwargs, node)
             module.graph.erase_node(node)
         node.args = ()
     module.recompile()
+
+
+def _with(arguments: Any, placeholder: fx.Node) -> Any:
+    """`arguments` with the default of `placeholder` in its place."""
+    default: Any = placeholder.args[0]
+    return fx.map_arg(arguments, lambda node: default if node is placeholder else node)
 
 
 def flatten(module: fx.GraphModule) -> None:

@@ -45,8 +45,8 @@ def _layer(captured: Captured, node: fx.Node,
     settings: tuple[Any, ...] = (integers.shape, bias is not None, scheme.bits, quantizer.group, scheme.symmetric)
     made: WeightOnlyLinear | WeightOnlyConv2d | WeightOnlyEmbedding
     if kind_of(node) == "conv2d":
-        made = WeightOnlyConv2d(*settings, *(_pair(values[name]) for name in ("stride", "padding", "dilation")),
-                                int(values["groups"]))
+        made = WeightOnlyConv2d(*settings, _pair(values["stride"]), _pair(values["padding"]),
+                                _pair(values["dilation"]), int(values["groups"]))
     else:
         made = (WeightOnlyLinear if kind_of(node) == "linear" else WeightOnlyEmbedding)(*settings)
     made.fill(integers, scale, zero, bias)

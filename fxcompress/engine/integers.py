@@ -34,7 +34,8 @@ def is_quantized(captured: Captured) -> bool:
 
 
 def require_ranges(captured: Captured) -> None:
-    """Raise PlanError: FXC0572 where quantizers have no range yet, FXC0575 where layers wait for data to be recovered on."""
+    """Raise PlanError: FXC0572 where quantizers have no range yet, FXC0575 where layers wait for data to be recovered
+    on."""
     bare = uncalibrated(captured)
     if bare:
         raise PlanError([Diagnostic(

@@ -26,7 +26,7 @@ from ..passes.shared.integer import data_of, regions_of, role_of
 from .measure import tensors_in
 from .quantization_rows import FLOAT, Error, Histogram, LayerRow, Quantization, Rounding
 
-SAMPLES = 64  # of the calibration data that are measured on: whole batches, until there are as many
+SAMPLES = 16  # of the calibration data that are measured on: whole batches, until there are as many
 ROUNDS = 5  # of timing, of which the median counts; one more before them warms up
 WORST, BINS = 6, 128  # layers whose histograms are kept; bins of each
 
@@ -246,7 +246,7 @@ def _row(run: _Run, place: _Place, done: Lowered, timed: Captured, seconds: dict
     shown, why = FLOAT, done.left.get(name, "")
     if kernel is not None:
         module = timed.module.get_submodule(str(kernel.target))
-        shown, why = kernel_name(module), done.chosen.get(name, "")
+        shown, why = kernel_name(module), str(getattr(module, "why", ""))
         after = bytes_of(module.state_dict().values())
     total = _Sum()
     total.add(weight, place.weight(weight), place.weight)

@@ -149,7 +149,7 @@ def held(node: fx.Node, name: str) -> int:
         if source not in seen and (source.op == "get_attr" or kind_of(source) in ON_WEIGHTS):
             seen.add(source)
             total += _fact_number(source, name) if source.op == "get_attr" else 0
-            ahead.extend(source.all_input_nodes)
+            ahead.extend(source.all_input_nodes[:1])  # a quantizer reads the factors of a norm too, which aren't its
     return total
 
 

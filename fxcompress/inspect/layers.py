@@ -151,8 +151,10 @@ def _layer(node: fx.Node, name: str, batch: int) -> Layer:
 
 
 def _weights_of(node: fx.Node) -> list[fx.Node]:
-    """The nodes that feed weights to `node`: parameters, masks and quantizers on them."""
-    return [source for source in node.all_input_nodes if kind_of(source) in ("parameter", *ON_WEIGHTS)]
+    """The nodes that feed weights to `node`: parameters, masks and quantizers on them. A quantizer reads the factors of
+    a norm too, which belong to that."""
+    inputs = node.all_input_nodes[:1] if kind_of(node) == "quantizer" else node.all_input_nodes
+    return [source for source in inputs if kind_of(source) in ("parameter", *ON_WEIGHTS)]
 
 
 def _held(node: fx.Node, inside: bool = True) -> list[Held]:

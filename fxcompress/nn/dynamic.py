@@ -114,7 +114,7 @@ class DynamicLinear(nn.Module):
 
     def _parts(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The weights of each group with their scales: int8 [out, n], float [out]."""
-        return zip(self.weight.split(self.group or self.shape[1], 1), self.weight_scale.unbind(1), strict=True)
+        return zip(torch.split(self.weight, self.group or self.shape[1], 1), self.weight_scale.unbind(1), strict=True)
 
     def _sums(self) -> Tensor:
         """The sum of each output's weights, scaled, [out]."""
@@ -123,16 +123,16 @@ class DynamicLinear(nn.Module):
     def _products(self, rows: Tensor) -> Tensor:
         """The sums of products of the rows, rounded, with the weights, times the weights' scales: [rows, out]."""
         if torch.compiler.is_compiling():
-            made = [_OneDnn(part, scale) for part, scale in self._parts()]
+            made: Sequence[_OneDnn | _Fbgemm] = [_OneDnn(part, scale) for part, scale in self._parts()]
         else:
             if not self._packed.parts:
-                kernel = _Fbgemm if _FBGEMM in torch.backends.quantized.supported_engines else _OneDnn
-                self._packed.parts = [kernel(part, scale) for part, scale in self._parts()]
+                library = _Fbgemm if _FBGEMM in torch.backends.quantized.supported_engines else _OneDnn
+                self._packed.parts = [library(part, scale) for part, scale in self._parts()]
                 self._packed.sums = self._sums()
             made = self._packed.parts
         if len(made) == 1:
             return made[0](rows)
-        pieces = rows.split(self.group, 1)
+        pieces = torch.split(rows, self.group, 1)
         total = made[0](pieces[0])
         for kernel, piece in zip(made[1:], pieces[1:], strict=True):
             total += kernel(piece.contiguous())

@@ -30,9 +30,10 @@ _conv_adding = _D.qconv2d_pointwise.binary
 
 @dataclass(frozen=True)
 class Kernel:
-    """A product ready to run on what it reads and adds; `engine` is the library's name."""
+    """A product ready to run on what it reads and adds; `engine` is the library's name, `why` says why it is that."""
 
     engine: str
+    why: str
     run: Callable[[Tensor, Tensor | None], Tensor]
 
     def __call__(self, q: Tensor, other: Tensor | None) -> Tensor:
@@ -49,23 +50,28 @@ def conv2d(layer: IntConv2d, shape: torch.Size) -> Kernel:
     few = {1: FEW_PRODUCTS, layer.shape[0]: FEW_DEPTHWISE}.get(layer.groups, 0)
     if products < few and layer.after.gives is not None and _takes(layer.after):
         packed = fbgemm.pack_conv2d(layer.weight, layer.weight_scale, layer.bias, *map(_listed, layer.settings))
-        return Kernel("fbgemm", _fbgemm(layer, packed, fbgemm.conv2d, torch.channels_last))
+        why = f"{products / 1e6:.2g} M products are few: less overhead for each call"
+        return Kernel("fbgemm", why, _fbgemm(layer, packed, fbgemm.conv2d, torch.channels_last))
     packed = _D.qconv_prepack(layer.weight, layer.weight_scale, layer.reads.scale, layer.reads.zero_point,
                               *layer.settings, shape)
-    return Kernel("onednn", _onednn(layer, packed, _conv, _conv_adding, layer.settings))
+    why = _objection(layer.after) if products < few else f"{products / 1e6:.2g} M products: the faster one at many"
+    return Kernel("onednn", why, _onednn(layer, packed, _conv, _conv_adding, layer.settings))
 
 
 def linear(layer: IntLinear, shape: torch.Size) -> Kernel:
     """The kernel of a linear layer for rows [..., in]."""
-    if prod(shape[:-1]) < FEW_ROWS and _takes(layer.after):
+    rows = prod(shape[:-1])
+    why = f"{rows} row{'s' * (rows != 1)}: {'the faster one at few' if rows < FEW_ROWS else 'the faster one at many'}"
+    if rows < FEW_ROWS and _takes(layer.after):
         packed = fbgemm.pack_linear(layer.weight, layer.weight_scale, layer.bias)
         if layer.after.gives is not None:
-            return Kernel("fbgemm", _fbgemm(layer, packed, fbgemm.linear, torch.contiguous_format))
+            return Kernel("fbgemm", why, _fbgemm(layer, packed, fbgemm.linear, torch.contiguous_format))
         reads, relu = (layer.reads.scale, layer.reads.zero_point), layer.after.activation == "relu"
         if layer.after.activation in ("none", "relu"):
-            return Kernel("fbgemm", lambda q, other: fbgemm.linear_to_floats(q.contiguous(), reads, packed, relu))
+            return Kernel("fbgemm", why, lambda q, other: fbgemm.linear_to_floats(q.contiguous(), reads, packed, relu))
     packed = _D.qlinear_prepack(layer.weight, shape)
-    return Kernel("onednn", _onednn(layer, packed, _D.qlinear_pointwise, _D.qlinear_pointwise.binary, ()))
+    why = _objection(layer.after) if rows < FEW_ROWS else why
+    return Kernel("onednn", why, _onednn(layer, packed, _D.qlinear_pointwise, _D.qlinear_pointwise.binary, ()))
 
 
 def traced_conv2d(layer: IntConv2d, q: Tensor, other: Tensor | None) -> Tensor:
@@ -108,6 +114,13 @@ def _listed(value: Any) -> Any:
 def _takes(after: After) -> bool:
     """Whether FBGEMM can do what follows the product: nothing but bounds, which integers are clamped to."""
     return fbgemm.available() and after.adds is None and after.bounds is not None
+
+
+def _objection(after: After) -> str:
+    """Why FBGEMM doesn't compute a product that it would be faster at."""
+    if not fbgemm.available():
+        return "this build of torch has no FBGEMM"
+    return "it adds a tensor" if after.adds is not None else f"`{after.activation}` is computed in the kernel"
 
 
 def _fbgemm(layer: Product, packed: Any, product: Callable[..., Tensor],

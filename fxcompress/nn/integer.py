@@ -123,6 +123,11 @@ class Product(nn.Module):
         """The library that computes it, for inputs of the shape it saw first; empty before its first call."""
         return next((kernel.engine for kernel in self._packed.kernels.values()), "")
 
+    @property
+    def why(self) -> str:
+        """Why that library does; empty before its first call."""
+        return next((kernel.why for kernel in self._packed.kernels.values()), "")
+
     def shaped(self, q: Tensor) -> Tensor:
         """A float tensor of the result's shape, on any device."""
         raise NotImplementedError

@@ -91,7 +91,7 @@ class WeightQuantizer(Quantizer):
 def in_groups(weight: Tensor, group: int) -> Tensor:
     """`weight` [out, ...] as [out, groups, group], filled up with zeros."""
     rows = weight.flatten(1)
-    return torch.nn.functional.pad(rows, (0, -rows.shape[1] % group)).unflatten(1, (-1, group))
+    return torch.nn.functional.pad(rows, (0, -rows.shape[1] % group)).reshape(len(rows), -1, group)
 
 
 def groups_of(inputs: int, group: int) -> int:

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .quantizer import groups_of
+from .quantizer import groups_of, in_groups
 
 PACKED_BITS = 4  # integers up to this many bits lie two in a byte
 
 
 def pack(integers: Tensor) -> Tensor:
     """Integers from -8 to 7, [out, n], as uint8 [out, (n + 1) // 2]: the first of a pair in the lower half."""
-    pairs = F.pad(integers.to(torch.int16), (0, integers.shape[1] % 2)).unflatten(1, (-1, 2)) & 15
+    pairs = F.pad(integers.to(torch.int16), (0, integers.shape[1] % 2)).reshape(len(integers), -1, 2) & 15
     return (pairs[..., 0] | pairs[..., 1] << 4).to(torch.uint8)
 
 
@@ -88,7 +88,7 @@ class _WeightOnly(nn.Module):
     def _scaled(self, integers: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         """(q - zero) · scale, [rows, inputs]."""
         group = self.group or self.inputs
-        grouped = F.pad(integers, (0, -self.inputs % group)).unflatten(1, (-1, group)).to(scale.dtype)
+        grouped = in_groups(integers, group).to(scale.dtype)
         if zero is not None:
             grouped = grouped - zero[..., None]
         return (grouped * scale[..., None]).flatten(1)[:, : self.inputs]

@@ -121,7 +121,7 @@ def _find_ranges(captured: Captured, data: Calibration) -> None:
 
 @dataclass
 class _Written:
-    """The steps that write weights and biases, on one model; `skipped` has the names of layers by what can't be done."""
+    """The steps that write weights and biases, on one model; `skipped` has names of layers by what can't be done."""
 
     captured: Captured
     layers: Sequence[Layer]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -278,11 +279,16 @@ def put(captured: Captured, path: str, quantizer: nn.Module) -> None:
 
 
 def _breaks(regions: list[Region], grids: Grids) -> list[str]:
-    """One line for each value that floats give to a quantized layer: where integers begin."""
+    """What each kernel will compute, and one line for each kind of value that floats give to a quantized layer: where
+    integers begin."""
+    fused = Counter(" + ".join(kind_of(node) for node in (region.product, region.norm, region.add, region.activation)
+                               if node is not None) for region in regions)
+    shown = ", ".join(f"{count} {kinds}" for kinds, count in fused.most_common())
     ends = {region.end for region in regions}
     found: dict[str, list[str]] = {}
     for source in grids.sources:
         if source not in ends and source.op != "placeholder":
             found.setdefault(kind_of(source), []).append(path_of(source) or source.name)
-    return [f"integers begin anew behind {len(paths)} {kind} ({few(paths)}), which computes in float"
-            for kind, paths in found.items()]
+    return [f"{len(regions)} region{'s' * (len(regions) != 1)} in integers, one kernel each: {shown}",
+            *(f"integers begin anew behind {len(paths)} {kind} ({few(paths)}), which computes in float"
+              for kind, paths in found.items())]

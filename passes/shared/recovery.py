@@ -1,4 +1,4 @@
-"""What wins accuracy back after rounding: the settings that stay with each quantized layer, and what the steps see of it.
+"""What wins accuracy back after rounding: the settings that stay with each layer, and what the steps see of it.
 
 The steps work on calibration data, so they run whenever there are some (`calibrating.py` has their order). Each layer
 remembers what was asked for it in `node.meta["recovery"]`, and what it was before in `node.meta["unrounded"]`.

@@ -41,7 +41,7 @@ def _square(patches: Tensor) -> Tensor:
     """The mean of x·xᵀ over the patches, [groups, inputs, inputs] in float64; a part of them at a time."""
     groups, count, inputs = patches.shape
     total = torch.zeros(groups, inputs, inputs, dtype=torch.float64, device=patches.device)
-    for part in patches.split(_PART, dim=1):
+    for part in torch.split(patches, _PART, dim=1):
         total += part.double().transpose(1, 2) @ part.double()
     return total / count
 

@@ -110,7 +110,8 @@ class _Walk:
             if node.op == "placeholder":
                 floats[node] = rounded[node] = run.run_node(node)
             else:
-                floats[node] = floats[node.all_input_nodes[0]] if kind_of(node) == "quantizer" else _run(run, floats, node)
+                passed = kind_of(node) == "quantizer"
+                floats[node] = floats[node.all_input_nodes[0]] if passed else _run(run, floats, node)
         if node.op == "placeholder":
             return
         if node in self.layers:
