@@ -62,21 +62,17 @@ class Pair:
     @property
     def free(self) -> bool:
         """Whether each channel has a scale of its own in the second layer."""
-        return self._depthwise and self.second.quantizer.axis is not None
-
-    @property
-    def _depthwise(self) -> bool:
-        return kind_of(self.second.node) == "conv2d" and self.second.weight().shape[1] == 1
+        return (kind_of(self.second.node) == "conv2d" and self.second.weight().shape[1] == 1
+                and self.second.quantizer.axis is not None)
 
     def columns(self) -> Tensor:
         """The range of each column of the second weight."""
-        weight = self._by_column(self.second.weight().abs())
-        return weight.flatten(2).amax((1, 2)) if self._depthwise else weight.flatten(3).amax((1, 3)).flatten()
+        return self._by_column(self.second.weight().abs()).amax((1, 3)).flatten()
 
     def _by_column(self, weight: Tensor) -> Tensor:
-        """[channels, outputs of each, ...] of a depthwise weight, else [groups, outputs, inputs, ...]."""
+        """The second weight as [groups, outputs, inputs, places]."""
         groups = int(arguments(self.second.node).get("groups", 1))
-        return weight.reshape(groups, -1, *weight.shape[1:])
+        return weight.reshape(groups, len(weight) // groups, weight.shape[1], -1)
 
     def factors(self) -> Tensor:
         """s for each channel."""
@@ -104,9 +100,8 @@ class Pair:
             one.div_(spread(s, 0, one))
             if bias is not None:
                 bias.div_(s)
-            rows = self._by_column(two)
-            rows.mul_(spread(s, 0, rows) if self._depthwise else spread(s, 0, rows[0, 0]).reshape(
-                len(rows), 1, -1, *[1] * (rows.dim() - 3)))
+            columns = self._by_column(two)
+            two.copy_((columns * s.reshape(len(columns), 1, -1, 1)).reshape(two.shape))
         self.values.seen = self.values.seen / s
 
 

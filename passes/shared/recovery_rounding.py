@@ -3,8 +3,9 @@
 Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", 2020: minimise ‖f(Wx) − f(Ŵx̂)‖² over
 Ŵ = s·clip(⌊W/s⌋ + h(V)), h(V) = clip(1.2·σ(V) − 0.1, 0, 1), with a term 1 − |2h − 1|^β that drives h to 0 or 1 as β
 falls (equations 21 to 25). Here the squared error of each output is divided by that of rounding to nearest, and the
-term is a mean over its inputs, so that one weight of the term fits all layers and few steps do; and where nearest
-rounding turns out the better for an output, that is taken.
+term is a mean over its inputs, so that one weight of the term fits all layers and few steps do. What is found so is a
+local minimum; a descent over single roundings follows (`recovery_descent.py`). Of nearest, learned and descended
+rounding each output gets the best.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import torch
 from torch import Tensor
 
 from fxcompress.passes.shared.recovery import Layer
+from fxcompress.passes.shared.recovery_descent import descend
 from fxcompress.passes.shared.recovery_patches import Places, Product, activation_of, bias_of
 from fxcompress.passes.shared.recovery_walk import Sight
 
-STEPS = 300
+STEPS = 200
 _PATCHES, _SAMPLE = 2048, 128  # kept of a layer, and looked at in one step
 _RATE, _WEIGHT = 0.2, 12.0  # of Adam, and of the term that drives to 0 and 1
 _WARM = 0.2  # the share of the steps without that term
@@ -47,6 +49,12 @@ class _Problem:
         q = ((self.weight / self.scale).floor() + up + self.zero).clamp(scheme.low, scheme.high)
         return (q - self.zero) * self.scale
 
+    @property
+    def free(self) -> Tensor:
+        """1 for a weight that may be rounded either way: not for those on the grid, as masked ones are."""
+        steps = self.weight / self.scale
+        return ((self.weight != 0) & (steps > steps.floor())).to(self.weight.dtype)
+
     def nearest(self) -> Tensor:
         """1 where rounding to nearest rounds up (halves to even, as quantizers do), else 0."""
         steps = self.weight / self.scale
@@ -68,19 +76,30 @@ def adaround(layer: Layer, sight: Sight, seed: int = 0) -> tuple[float, float]:
     weight, activation, bias = product.rows(layer.weight()), activation_of(layer), bias_of(layer, product)
     target = activation(torch.baddbmm(bias, places.of(sight.floats), weight.transpose(1, 2)))
     problem = _Problem(layer, places.of(sight.rounded), target, weight, scale, zero, bias, activation)
-    nearest = problem.nearest()
+    best = problem.nearest()
+    before = after = problem.errors(best)
     learned = _learned(problem, seed)
-    before, after = problem.errors(nearest), problem.errors(learned)
-    best = torch.where((after < before)[..., None], learned, nearest)
+    for up in (learned, _descended(problem, learned, places.of(sight.floats))):
+        errors = problem.errors(up)
+        best = torch.where((errors < after)[..., None], up, best)
+        after = torch.minimum(errors, after)
     layer.write(problem.round(best).reshape(layer.weight().shape))
-    return float(before.mean()), float(torch.minimum(before, after).mean())
+    return float(before.mean()), float(after.mean())
+
+
+def _descended(problem: _Problem, up: Tensor, floats: Tensor) -> Tensor:
+    """`up` after a descent on the squared error before the activation."""
+    x, aim = problem.patches, torch.bmm(floats, problem.weight.transpose(1, 2))
+    hessian = torch.bmm(x.transpose(1, 2), x)
+    gradient = torch.bmm(problem.round(up), hessian) - torch.bmm(aim.transpose(1, 2), x)
+    return descend(up, problem.scale, problem.free, hessian, gradient)
 
 
 def _learned(problem: _Problem, seed: int) -> Tensor:
     """1 for each weight that should be rounded up, else 0."""
     steps = problem.weight / problem.scale
     part = steps - steps.floor()
-    free = (problem.weight != 0) & (part > 0)  # masked weights stay zero
+    free = problem.free
     start = ((part - _LOW) / (_HIGH - _LOW)).clamp(1e-3, 1 - 1e-3)
     v = torch.log(start / (1 - start)).requires_grad_()
     optimizer = torch.optim.Adam([v], lr=_RATE)
@@ -100,4 +119,4 @@ def _learned(problem: _Problem, seed: int) -> Tensor:
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-    return ((v.detach() > 0) & free).to(problem.weight.dtype)
+    return (v.detach() > 0) * free
