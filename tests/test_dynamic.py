@@ -153,7 +153,8 @@ def test_convolutions_are_refused_with_the_reason() -> None:
 
 @pytest.mark.parametrize(("code", "settings"), [
     ("FXC0371", {"activations": "per_token"}), ("FXC0371", {"mode": "weight_only", "bits": 8}),
-    ("FXC0371", {"mode": "dynamic", "observer": "minmax"}), ("FXC0371", {"freeze": 0.5}), ("FXC0372", {"granularity": "per_group(8)"}),
+    ("FXC0371", {"mode": "dynamic", "observer": "minmax"}), ("FXC0371", {"freeze": 0.5}),
+    ("FXC0372", {"granularity": "per_group(8)"}),
     ("FXC0372", {"mode": "qat", "granularity": "per_group(8)"}),
     ("FXC0373", {"mode": "qat", "delay": 0.8, "freeze": 0.5}),
 ])
