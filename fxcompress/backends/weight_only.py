@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import fx
 
 from ..graph.captured import Captured
@@ -42,7 +43,8 @@ def _layer(captured: Captured, node: fx.Node,
     values, bias = arguments(node), bias_of(captured, node)
     integers, scale, zero = rounded(captured, node, quantizer)
     scheme = quantizer.scheme
-    settings: tuple[Any, ...] = (integers.shape, bias is not None, scheme.bits, quantizer.group, scheme.symmetric)
+    settings: tuple[torch.Size, bool, int, int, bool] = (
+        integers.shape, bias is not None, scheme.bits, quantizer.group, scheme.symmetric)
     made: WeightOnlyLinear | WeightOnlyConv2d | WeightOnlyEmbedding
     if kind_of(node) == "conv2d":
         made = WeightOnlyConv2d(*settings, _pair(values["stride"]), _pair(values["padding"]),
