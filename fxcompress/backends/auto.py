@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -203,13 +204,14 @@ def timed(deployed: Sequence[Deployed], example: Example) -> list[float]:
 
 
 def _once(one: Deployed, example: Example) -> float:
-    """The least of three passes, after one to warm up."""
-    from torch.utils.benchmark import Timer
-
+    """The lesser of two passes."""
+    took = []
     with evaluating(one):
-        timer = Timer("module(*args, **kwargs)", num_threads=torch.get_num_threads(),
-                      globals={"module": one, "args": example.args, "kwargs": example.kwargs})
-        return min(float(timer.timeit(1).mean) for _ in range(3))
+        for _ in range(2):
+            start = perf_counter()
+            one(*example.args, **example.kwargs)
+            took.append(perf_counter() - start)
+    return min(took)
 
 
 def tensors_by_name(module: fx.GraphModule, values: Sequence[Any]) -> Example:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,12 +20,12 @@ class DynamicLinear(nn.Module):
         """Takes the weights of `kernel`."""
         super().__init__()
         self.scheme, self.per_token, self.width = kernel.scheme, kernel.per_token, kernel.shape[1]
-        self.sizes = [part.shape[1] for part in kernel.weight.split(kernel.group or self.width, 1)]
+        self.sizes = [part.shape[1] for part in torch.split(kernel.weight, kernel.group or self.width, 1)]
         self.bias = kernel.bias
         self.register_buffer("integers", kernel.weight.detach().t().contiguous())
         self.register_buffer("scale", kernel.weight_scale.t().contiguous())
-        sums = [part.sum(0).float() * scale for part, scale in zip(self.integers.int().split(self.sizes), self.scale,
-                                                                   strict=True)]
+        parts = torch.split(self.integers.int(), self.sizes)
+        sums = [part.sum(0).float() * scale for part, scale in zip(parts, self.scale, strict=True)]
         self.register_buffer("sums", torch.stack(sums).sum(0))
 
     integers: Tensor
@@ -35,9 +37,9 @@ class DynamicLinear(nn.Module):
         rows = x.reshape(-1, self.width)
         scale, zero = parameters_of(rows if self.per_token else x.reshape(1, -1), self.scheme, per_token=True)
         counted = (zero + rows * scale.reciprocal()).round().clamp(self.scheme.low, self.scheme.high).to(torch.uint8)
-        parts = zip(counted.split(self.sizes, 1), self.integers.split(self.sizes), self.scale, strict=True)
         made = -zero * self.sums
-        for part, weight, each in parts:
+        for part, weight, each in zip(torch.split(counted, self.sizes, 1), torch.split(self.integers, self.sizes),
+                                      self.scale, strict=True):
             total = onnx("MatMulInteger", part, weight, shape=(rows.shape[0], weight.shape[1]), dtype=torch.int32)
             made = made + total.to(torch.float32) * each
         made = made * scale
@@ -86,7 +88,7 @@ class WeightConv2d(nn.Module):
         """Takes the weights of `kernel`."""
         super().__init__()
         self.weight, self.bias = _Weights(kernel), kernel.bias
-        self.settings = (kernel.stride, kernel.padding, kernel.dilation, kernel.groups)
+        self.settings: Any = (kernel.stride, kernel.padding, kernel.dilation, kernel.groups)
 
     def forward(self, x: Tensor) -> Tensor:
         """Floats [N, out, H', W']."""
