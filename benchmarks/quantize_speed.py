@@ -28,16 +28,18 @@ RESULTS = Path(__file__).parent / "results/quantize_speed.csv"
 COLUMNS = ("model", "batch", "contestant", "rounds", "ms", "speed", "low", "high", "over_fp32", "drift", "prepare_s",
            "memory_mib", "detail", "run", "error")
 BASE, FLOAT = "eager", "ours_fp32"
-OURS = ("eager", "ours_fp32", "ours_fp32_compiled", "ours_int8", "ours_int8_compiled", "ours_auto")
+OURS = ("eager", "ours_fp32", "ours_fp32_compiled", "ours_int8", "ours_int8_compiled", "ours_dynamic",
+        "ours_dynamic_compiled", "ours_auto")
 PEERS = ("inductor", "ao_x86", "ao_onednn", "pt2e", "pt2e_cpp", "ort_fp32", "ort_int8", "ort_dynamic", "ov_fp32",
          "ov_int8")
-TRANSFORMERS_ONLY = ("ort_dynamic",)
+TRANSFORMERS_ONLY = ("ort_dynamic", "ours_dynamic", "ours_dynamic_compiled")
 GARBAGE = 0.5  # drift beyond which an output says nothing of what fp32 says
 # Column of the table -> the contestants of which it shows the fastest.
 SHOWN: Mapping[str, tuple[str, ...]] = {
-    "ours fp32": ("ours_fp32",), "compiled fp32": ("ours_fp32_compiled",), "int8": ("ours_int8",),
-    "compiled int8": ("ours_int8_compiled",), "`auto`": ("ours_auto",), "Inductor fp32": ("inductor",),
-    "torch.ao": ("ao_x86", "ao_onednn"), "PT2E + Inductor": ("pt2e", "pt2e_cpp"), "ONNX Runtime fp32": ("ort_fp32",),
+    "ours fp32": ("ours_fp32",), "compiled fp32": ("ours_fp32_compiled",), "int8": ("ours_int8", "ours_dynamic"),
+    "compiled int8": ("ours_int8_compiled", "ours_dynamic_compiled"), "`auto`": ("ours_auto",),
+    "Inductor fp32": ("inductor",), "torch.ao": ("ao_x86", "ao_onednn"), "PT2E + Inductor": ("pt2e", "pt2e_cpp"),
+    "ONNX Runtime fp32": ("ort_fp32",),
     "int8 (ORT)": ("ort_int8", "ort_dynamic"), "OpenVINO fp32": ("ov_fp32",), "int8 (OV)": ("ov_int8",),
 }
 
@@ -181,8 +183,8 @@ def _how(rows: Sequence[Row], pairs: Mapping[Pair, Mapping[str, Row]]) -> str:
             f"quartiles of a ratio lie {apart:.0%} apart in the median. One pinned core, one thread, 224 x 224, MiniLM "
             "128 tokens; glibc's allocator keeps its pages (`MALLOC_TRIM_THRESHOLD_`, `MALLOC_MMAP_MAX_=0`) for all. "
             "Activations (ONNX Runtime: weights) of 7 bits for all whom 8 would saturate. torch.ao: the faster of its "
-            "engines x86 and onednn; PT2E: with or without the C++ wrapper; ONNX Runtime: static or, for transformers, "
-            "dynamic. Outputs were compared with fp32 eager's: norm of the difference at most "
+            "engines x86 and onednn; PT2E: with or without the C++ wrapper; int8 of ONNX Runtime and ours: static or, "
+            "for transformers, dynamic. Outputs were compared with fp32 eager's: norm of the difference at most "
             f"{max(drifts, default=0.0):.0%}, or shown.{several}")
 
 

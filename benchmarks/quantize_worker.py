@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 Run = Callable[[], Any]  # one forward pass; gives the output
 FLOAT = "policy float { }"
 STATIC = 'use "std/quant.fxc" { int8 }\npolicy static { quantize conv2d | linear as int8 { } }'
+DYNAMIC = 'use "std/quant.fxc" { int8_dynamic }\npolicy dynamic { quantize linear as int8_dynamic { } }'
 
 REMOVED = "remove channels(conv2d) { ratio = 50%, by = l1, align = 16 }"
 # Half of the channels, then integers for what is left.
@@ -39,6 +40,7 @@ policy smaller_int8 {{
     phase shrink {{ {REMOVED} }}
     phase deploy after shrink {{ quantize conv2d | linear as int8 {{ }} }}
 }}"""
+CALIBRATED = (STATIC, REMOVE_AND_QUANTIZE)
 
 
 def eager(job: Job) -> Run:
@@ -50,7 +52,7 @@ def compressed(job: Job, policy: str) -> fxcompress.Result:
     """The job's model under `policy`, calibrated."""
     import fxcompress
 
-    if "quantize" not in policy:
+    if policy not in CALIBRATED:
         return fxcompress.compile(policy, job.net, job.inputs)
     return fxcompress.compile(policy, job.net, job.inputs, calibration=job.calibration)
 
@@ -66,8 +68,13 @@ def ours(policy: str, **options: Any) -> Callable[[Job], Run]:
 
 def auto(job: Job) -> Run:
     """The fastest of what is installed."""
-    module, inputs = compressed(job, STATIC).finalize(target="auto", data=job.inputs), job.inputs
-    return lambda: module(*inputs)
+    deployed, inputs = compressed(job, STATIC).finalize(target="auto", data=job.calibration[0]), job.inputs
+
+    def run() -> Any:
+        return deployed(*inputs)
+
+    run.detail = f"{deployed.engine} {deployed.precision}"  # type: ignore[attr-defined]
+    return run
 
 
 CONTESTANTS: Mapping[str, Callable[[Job], Run]] = {
@@ -76,13 +83,15 @@ CONTESTANTS: Mapping[str, Callable[[Job], Run]] = {
     "ours_fp32_compiled": ours(FLOAT, compile=True),
     "ours_int8": ours(STATIC),
     "ours_int8_compiled": ours(STATIC, compile=True),
+    "ours_dynamic": ours(DYNAMIC), "ours_dynamic_compiled": ours(DYNAMIC, compile=True),
     "ours_auto": auto,
     "ours_removed": ours(REMOVE),
     "ours_removed_int8": ours(REMOVE_AND_QUANTIZE),
     **quantize_peer.CONTESTANTS,
 }
 # Compiled under `no_grad`, as their documents have it.
-NOT_INFERENCE = frozenset({"inductor", "pt2e", "pt2e_cpp", "ours_fp32_compiled", "ours_int8_compiled"})
+NOT_INFERENCE = frozenset({"inductor", "pt2e", "pt2e_cpp", "ours_fp32_compiled", "ours_int8_compiled",
+                           "ours_dynamic_compiled", "ours_auto"})
 
 
 def reference(job: Job) -> Tensor:
