@@ -33,7 +33,7 @@ def in_floats(result: fxcompress.Result, x: Tensor) -> Tensor:
 
 
 class Uneven(nn.Module):
-    """A chain whose channels have ranges that lie far apart: convolution, depthwise convolution, convolution, linear."""
+    """A chain whose channels have ranges far apart: convolution, depthwise convolution, convolution, linear."""
 
     def __init__(self, activation: type[nn.Module] = nn.ReLU) -> None:
         super().__init__()
