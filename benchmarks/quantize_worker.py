@@ -79,8 +79,8 @@ def auto(job: Job) -> Run:
 
 CONTESTANTS: Mapping[str, Callable[[Job], Run]] = {
     "eager": eager,
-    "ours_fp32": ours(FLOAT),
-    "ours_fp32_compiled": ours(FLOAT, compile=True),
+    "ours_fp32": ours(FLOAT, pack=True),
+    "ours_fp32_compiled": ours(FLOAT, pack=True, compile=True),
     "ours_int8": ours(STATIC),
     "ours_int8_compiled": ours(STATIC, compile=True),
     "ours_dynamic": ours(DYNAMIC), "ours_dynamic_compiled": ours(DYNAMIC, compile=True),

@@ -51,6 +51,6 @@ def test_compiled(finished: tuple[fxcompress.Result, Tensor]) -> None:
 
 def test_exported(finished: tuple[fxcompress.Result, Tensor]) -> None:
     result, x = finished
-    plain = result.finalize(target="cpu")
+    plain = result.finalize(target="cpu", pack=True)
     made = torch.export.export(plain, (x,)).module()(x)
     assert torch.allclose(made, plain(x), atol=2e-2 * float(made.detach().abs().max()))

@@ -26,8 +26,10 @@ def test_finalize_leaves_nothing_of_training(model: nn.Module) -> None:
     train(result, sgd(result), batches(), 4)
     deployed = result.finalize(target="cpu")
     assert not masks(deployed) and masks(result.module) and not deployed.training and result.module.training
-    kept = [name for name in model.state_dict() if not name.startswith("norm.")]  # the norm is folded
-    assert list(deployed.state_dict()) == kept
+    assert list(deployed.state_dict()) == list(model.state_dict())
+    packed = result.finalize(target="cpu", pack=True)
+    assert list(packed.state_dict()) == [name for name in model.state_dict() if not name.startswith("norm.")]
+    assert torch.allclose(packed(*EXAMPLE), deployed(*EXAMPLE), atol=1e-5)
     assert not any(kind_of(node) in ("mask", "parameter") for node in deployed.graph.nodes)
     result.module.eval()
     assert torch.equal(deployed(*EXAMPLE), result.module(*EXAMPLE))

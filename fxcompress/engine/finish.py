@@ -98,7 +98,7 @@ def pack_floats(captured: Captured) -> None:
 
 
 def finish(captured: Captured, policy: Policy, baseline: Baseline, lets: Mapping[str, Bound], target: str,
-           data: Calibration | None = None) -> Finished:
+           data: Calibration | None = None, pack: bool | None = None) -> Finished:
     """A copy of `captured` for `target` with nothing left of training, in evaluation mode. `data` are what integer
     kernels are held against the simulation on.
 
@@ -116,10 +116,10 @@ def finish(captured: Captured, policy: Policy, baseline: Baseline, lets: Mapping
     final.module.eval()
     final = replace(final, module=final.module.to(target), example=_moved(final.example, target))
     notes: list[str] = []
-    quantization = None
+    quantized, quantization = is_quantized(final), None
     if target == "cuda":
         notes = put_on_gpu(final, data)
-    elif is_quantized(final):
+    elif quantized:
         notes, quantization = put_integers_in(final, data)
     sink = Sink()
     measuring = Measuring(final, baseline, lets)
@@ -127,7 +127,7 @@ def finish(captured: Captured, policy: Policy, baseline: Baseline, lets: Mapping
     sink.items += [failure(expect, found) for expect, found in zip(policy.expects, measured, strict=True)
                    if not found.holds]
     counted = totals_of(final)
-    if target == "cpu":
+    if target == "cpu" and (quantized if pack is None else pack):
         pack_floats(final)
     _judge_budgets(policy, baseline, counted, final, sink)
     sink.raise_if_errors(PlanError)

@@ -163,18 +163,22 @@ class Result:
         return self.module
 
     @overload
-    def finalize(self, target: str | None = None, *, compile: bool = False) -> fx.GraphModule: ...
+    def finalize(self, target: str | None = None, *, compile: bool = False,
+                 pack: bool | None = None) -> fx.GraphModule: ...
 
     @overload
     def finalize(self, target: str | None = None, *, data: object) -> Deployed: ...
 
-    def finalize(self, target: str | None = None, *, data: object = None,
-                 compile: bool = False) -> fx.GraphModule | Deployed:
+    def finalize(self, target: str | None = None, *, data: object = None, compile: bool = False,
+                 pack: bool | None = None) -> fx.GraphModule | Deployed:
         """A new GraphModule for `target` (that of the policy by default) with nothing left of training: masks are
-        zeros in the weights, norms are folded into the layers before them (`state_dict` has the other keys of the
-        model), convolutions are packed, quantized layers compute in integers, and it is in evaluation mode. It is not
-        for training; `module` stays as it is. With `compile` its calls are compiled by Inductor, at the first one with
-        inputs of a shape.
+        zeros in the weights, quantized layers compute in integers, `state_dict` has the model's keys, and it is in
+        evaluation mode. `module` stays as it is.
+
+        With `pack`, which is the default where layers are quantized, what stays in float is made ready for the CPU:
+        norms are folded into the layers before them (their keys leave `state_dict`) and convolutions packed; the result
+        is faster, and not for training or another policy. With `compile` calls are compiled by Inductor, at the first
+        one with inputs of a shape.
 
         A ramp that is short of its end is applied as far as it came; that is a warning (FXC0524), issued and kept in
         `warnings`.
@@ -204,18 +208,19 @@ class Result:
                 self.warnings.append(found)
                 warnings.warn(found.message, stacklevel=2)
         if data is None:
-            finished = self._finished(self.captured, self.policy, device)
+            finished = self._finished(self.captured, self.policy, device, pack)
             module = self._with_report(finished, finished.notes, {})
             return compile_in_place(module) if compile else module
-        choice = choose(self.captured, self.policy, self._baseline, partial(self._finished, device="cpu"),
+        choice = choose(self.captured, self.policy, self._baseline, partial(self._finished, device="cpu", pack=True),
                         lambda captured: Measuring(captured, self._baseline, self._executor.first_lets), data)
         assert choice.deployed.table is not None
         self._with_report(choice.finished, (*choice.finished.notes, *choice.notes),
                           {"auto": choice.deployed.table.to_json()})
         return choice.deployed
 
-    def _finished(self, captured: Captured, policy: Policy, device: str) -> Finished:
-        return finish(captured, policy, self._baseline, self._executor.first_lets, device, self._executor.calibration)
+    def _finished(self, captured: Captured, policy: Policy, device: str, pack: bool | None = None) -> Finished:
+        return finish(captured, policy, self._baseline, self._executor.first_lets, device, self._executor.calibration,
+                      pack)
 
     def _with_report(self, finished: Finished, notes: tuple[str, ...], more: Mapping[str, Any]) -> fx.GraphModule:
         """The module of `finished`, with the policy, the plan and a report."""
