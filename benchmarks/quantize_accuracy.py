@@ -34,6 +34,8 @@ WAYS: Mapping[str, str] = {
     "weights alone, 8 bits": "mode = weight_only",
     "static: values in 7 bits where the CPU has no VNNI": "",
     "weights in 7 bits, values in 8": "bits = 8 bits, weight_bits = 7 bits",
+    "weights in 7 bits, gptq, correct_bias": "bits = 8 bits, weight_bits = 7 bits, gptq = true, correct_bias = true",
+    "the same, mixed = 10%": "bits = 8 bits, weight_bits = 7 bits, gptq = true, correct_bias = true, mixed = 10%",
     "static, correct_bias": "correct_bias = true",
     "static, equalize, correct_bias": "equalize = true, correct_bias = true",
     "static, equalize, adaround, correct_bias": _WON,

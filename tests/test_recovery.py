@@ -198,7 +198,7 @@ def _shifts(result: fxcompress.Result, data: list[Tensor]) -> dict[str, float]:
 # All of them
 
 
-@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("key", [key for key in KEYS if key != "equalize"])  # that goes on from where it was
 def test_doing_it_again_gives_the_same(key: str) -> None:
     data = [correlated(12, 3, 10, 10), correlated(8, 3, 10, 10, seed=2)]
     result = compiled(f"weight_bits = 4 bits, {key} = {VALUES.get(key, 'true')}", data=data)
@@ -224,7 +224,7 @@ def test_what_was_trained_since_is_not_brought_back() -> None:
 @pytest.mark.parametrize("key", KEYS)
 def test_masked_zeros_stay_zero(key: str) -> None:
     data = [correlated(12, 3, 10, 10)]
-    policy = ("policy p { phase one { mask conv2d | linear { sparsity = 50% } } phase two after one { "
+    policy = ("policy p { phase one { mask conv2d | linear { sparsity = 50% } }\nphase two after one { "
               f"quantize conv2d | linear {{ weight_bits = 4 bits, {key} = {VALUES.get(key, 'true')} }} }} }}")
     result = fxcompress.compile(policy, Net().eval(), data[0][:2], calibration=data)
     masks = {name.removesuffix("_mask.mask"): buffer for name, buffer in result.module.named_buffers()

@@ -52,10 +52,11 @@ def observer_of(quantizer: Quantizer) -> Observer:
 def calibrate(captured: Captured, data: Calibration) -> list[str]:
     """Give every quantizer on values a range, and do for each layer what its settings ask for. Returns what to note.
 
-    The order is fixed: `equalize` and `smooth` on the float weights, whose ranges are then found anew; the ranges of
-    values, in one run with all quantizers off; `adaround` or `gptq`, and `correct_bias`, layer after layer; where there
-    is `mixed`, it comes before the biases of the layers that it doesn't leave in float. Doing it again begins with the
-    weights and biases that were there before the first time, unless they were trained since.
+    The order is fixed: `equalize` and `smooth` on the float weights, whose ranges are then found anew; the ranges
+    of values, in one run with all quantizers off; `adaround` or `gptq`, and `correct_bias`, layer after layer;
+    where there is `mixed`, it comes before the biases of the layers that it doesn't leave in float. Doing it again
+    begins with the weights and biases that were there before the first time, unless they were trained since; the
+    scales of `equalize` stay, and go on from there.
 
     Raises PlanError: FXC0570 for data that don't fit, FXC0571 where a quantizer has seen no finite value.
     """
