@@ -150,7 +150,7 @@ def _grid(pairs: Mapping[Pair, Mapping[str, Row]], shown: Mapping[str, tuple[str
         found = {head: values[head][place] for head in shown}
         top = max((float(row[key]) for row in found.values() if row is not None and not garbage(row)), default=0.0)
         eager = number(mine[BASE], "ms") if BASE in mine else None
-        cells = [_cell(row, key, top) for row in found.values()]
+        cells = [_cell(row, key, top, any(name in mine for name in shown[head])) for head, row in found.items()]
         lines.append([model, str(batch), "-" if eager is None else f"{eager:.3g}", *cells])
     whole = [place for place in range(len(pairs)) if all(values[head][place] is not None for head in shown)]
     lines.append(["geometric mean", "", "", *(
@@ -162,9 +162,9 @@ def _grid(pairs: Mapping[Pair, Mapping[str, Row]], shown: Mapping[str, tuple[str
     return markdown(["model", "batch", "eager ms", *shown], lines)
 
 
-def _cell(row: Row | None, key: str, top: float) -> str:
+def _cell(row: Row | None, key: str, top: float, tried: bool) -> str:
     if row is None:
-        return "failed"
+        return "failed" if tried else "not run"
     value = float(row[key])
     text = f"**{value:.2f}**" if value == top else f"{value:.2f}"
     return f"{text} (drift {float(row['drift']):.0%})" if garbage(row) else text
