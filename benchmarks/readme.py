@@ -17,8 +17,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 import compensate
-import quantize_accuracy
-import quantize_and_remove
 import quantize_digits
 import quantize_minilm
 import quantize_sizes
@@ -43,12 +41,10 @@ TABLES: Mapping[str, tuple[Path, Callable[[list[dict[str, Any]]], str]]] = {
     "accuracy": (remove_accuracy.RESULTS, remove_accuracy.table),
     "compensate": (compensate.RESULTS, compensate.table),
     "quantize-speed": (quantize_speed.RESULTS, quantize_speed.table),
-    "quantize-accuracy": (quantize_accuracy.RESULTS, quantize_accuracy.table),
     "quantize-digits": (quantize_digits.RESULTS, quantize_digits.table),
     "quantize-minilm": (quantize_minilm.RESULTS, quantize_minilm.table),
     "quantize-sizes": (quantize_sizes.RESULTS, quantize_sizes.table),
     "quantize-zoo": (quantize_zoo.RESULTS, quantize_zoo.table),
-    "quantize-remove": (quantize_and_remove.RESULTS, quantize_and_remove.table),
 }
 
 
