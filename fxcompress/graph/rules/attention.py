@@ -123,6 +123,7 @@ def written_out(edit: Edit, node: fx.Node, args: Mapping[str, Any]) -> None:
     kept_heads = inner // mha.head_dim if edit.flow.split == "heads" else mha.num_heads
 
     def later() -> None:
-        write_out(edit.flow.captured, node, mha, kept_heads, inner // kept_heads)
+        products = write_out(edit.flow.captured, node, mha, kept_heads, inner // kept_heads)
+        edit.flow.captured.moved[node.name] = (products[-1].name,)  # its outputs are those that indices are told of
 
     edit.later.append(later)
