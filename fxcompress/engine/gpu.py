@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,7 @@ from ..graph.interpret import evaluating, values_of
 from ..graph.provenance import origins_of
 from ..graph.verify import Before, verify
 from ..passes.shared.calibrating import without_rounding
-from .measure import tensors_in
+from .measure import apart, results
 
 # Root mean square of (GPU − simulation) over that of the simulation. Layers without an integer kernel no longer round
 # what they read, and those with one round float16: either may change as much as rounding itself does.
@@ -81,10 +80,10 @@ def _notes(done: OnCuda) -> list[str]:
 def _held_against(simulated: Captured, lowered: Captured, data: Calibration | None) -> list[str]:
     inputs = batch_of(simulated, next(iter(data.batches))) if data is not None else inputs_of(simulated)
     inputs = [_to(value, lowered) for value in inputs]
-    promised = _results(simulated, inputs)
+    promised = results(simulated, inputs)
     with without_rounding(simulated):
-        allowed = max(TOLERANCE, 2 * _apart(_results(simulated, inputs), promised))
-    gap = _apart(_results(lowered, inputs), promised)
+        allowed = max(TOLERANCE, 2 * apart(results(simulated, inputs), promised))
+    gap = apart(results(lowered, inputs), promised)
     if not gap <= allowed:
         raise PlanError([Diagnostic(
             "FXC0582", f"on the GPU the model departs from what it was by {gap:.1%}",
@@ -99,18 +98,6 @@ def _to(value: Any, captured: Captured) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
-def _results(captured: Captured, inputs: Sequence[Any]) -> list[Tensor]:
-    with evaluating(captured.module):
-        return [tensor for tensor in tensors_in(captured.module(*inputs)) if tensor.is_floating_point()]
-
-
-def _apart(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """‖found − expected‖ / ‖expected‖ over all that the model gives."""
-    apart = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(found, expected, strict=True))
-    size = sum(float(b.double().square().sum()) for b in expected)
-    return math.sqrt(apart / size) if size else math.sqrt(apart)
-
-
 def _first(simulated: Captured, lowered: Captured, inputs: Sequence[Any], allowed: float) -> Iterator[str]:
     """The first node of both graphs whose values lie apart by more than `allowed`."""
     names = {node.name for node in lowered.graph.nodes} & {node.name for node in simulated.graph.nodes}
@@ -121,6 +108,6 @@ def _first(simulated: Captured, lowered: Captured, inputs: Sequence[Any], allowe
                 expected[node.name] = value.to("cpu", copy=True)
     with evaluating(lowered.module):
         for node, value in values_of(fx.Interpreter(lowered.module), inputs):
-            if node.name in expected and _apart([value.cpu()], [expected[node.name]]) > allowed:
+            if node.name in expected and apart([value.cpu()], [expected[node.name]]) > allowed:
                 yield f"the first to depart is {node.name}"
                 return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ from ..graph.ops import kind_of, module_of
 from ..nn import IntConv2d, IntLinear
 from ..passes.shared.calibrating import uncalibrated, unrecovered, without_rounding
 from ..passes.shared.integer import regions_of
-from .measure import tensors_in
+from .measure import apart, results
 
 # Root mean square of (kernels − simulation) over that of the simulation. Where a sum lies next to the edge between two
 # integers, either side may take it, and in a deep model such differences grow to what rounding as a whole changes: so
@@ -58,10 +57,10 @@ def held_against(simulated: Captured, lowered: Captured, done: Lowered, data: Ca
     Raises PlanError: FXC0573 where the results depart from the simulation, with the first layer that does.
     """
     inputs = batch_of(simulated, next(iter(data.batches))) if data is not None else inputs_of(simulated)
-    promised = _results(simulated, inputs)
+    promised = results(simulated, inputs)
     with without_rounding(simulated):
-        allowed = max(TOLERANCE, _apart(_results(simulated, inputs), promised))
-    gap = _apart(_results(lowered, inputs), promised)
+        allowed = max(TOLERANCE, apart(results(simulated, inputs), promised))
+    gap = apart(results(lowered, inputs), promised)
     if not gap <= allowed:
         raise PlanError([Diagnostic(
             "FXC0573", f"the integer kernels depart from the simulation by {gap:.1%}",
@@ -71,18 +70,6 @@ def held_against(simulated: Captured, lowered: Captured, done: Lowered, data: Ca
     count = len(done.kernels)
     notes = [f"{count} layer{'s' * (count != 1)} in integer kernels, within {gap:.2g} of the simulation"]
     return notes + [f"{name} stays in float: {why}" for name, why in done.left.items()]
-
-
-def _results(captured: Captured, inputs: Sequence[Any]) -> list[Tensor]:
-    with evaluating(captured.module):
-        return [tensor for tensor in tensors_in(captured.module(*inputs)) if tensor.is_floating_point()]
-
-
-def _apart(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """‖found − expected‖ / ‖expected‖ over all that the model gives."""
-    apart = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(found, expected, strict=True))
-    size = sum(float(b.double().square().sum()) for b in expected)
-    return math.sqrt(apart / size) if size else math.sqrt(apart)
 
 
 def _culprit(simulated: Captured, lowered: Captured, done: Lowered, inputs: Sequence[Any]) -> list[str]:

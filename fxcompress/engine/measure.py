@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,6 +83,20 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, dict):
         for item in value.values():
             yield from tensors_in(item)
+
+
+def results(captured: Captured, inputs: Sequence[Any]) -> list[Tensor]:
+    """All float tensors that `captured` gives for `inputs`, in evaluation mode."""
+    with evaluating(captured.module):
+        return [tensor for tensor in tensors_in(captured.module(*inputs)) if tensor.is_floating_point()]
+
+
+def apart(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """‖found − expected‖₂ / ‖expected‖₂ over all tensors, in float64; ‖found‖₂ where nothing else was expected than
+    zeros. NaN where values aren't numbers, unlike `drift`."""
+    moved = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(found, expected, strict=True))
+    size = sum(float(b.double().square().sum()) for b in expected)
+    return math.sqrt(moved / size) if size else math.sqrt(moved)
 
 
 def drift(before: list[Tensor], after: list[Tensor]) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,6 +29,17 @@ def values_of(run: fx.Interpreter, inputs: Sequence[Any],
     those of all placeholders. A value is kept only as long as others need it. Each run starts anew."""
     nodes = [node for node in run.module.graph.nodes  # type: ignore[union-attr]
              if wanted is None or node in wanted or node.op == "placeholder"]
+    ends = last_uses(nodes)
+    run.env, run.args_iter = {}, iter(inputs)
+    for node in nodes:
+        run.env[node] = run.run_node(node)
+        yield node, run.env[node]
+        for dead in ends.get(node, ()):
+            del run.env[dead]
+
+
+def last_uses(nodes: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """By the node that is the last one to need them, of `nodes` in graph order: the nodes whose values can go then."""
     last: dict[fx.Node, fx.Node] = {}
     for node in nodes:
         for source in (node, *node.all_input_nodes):
@@ -36,12 +47,7 @@ def values_of(run: fx.Interpreter, inputs: Sequence[Any],
     ends: dict[fx.Node, list[fx.Node]] = {}
     for source, user in last.items():
         ends.setdefault(user, []).append(source)
-    run.env, run.args_iter = {}, iter(inputs)
-    for node in nodes:
-        run.env[node] = run.run_node(node)
-        yield node, run.env[node]
-        for dead in ends.get(node, ()):
-            del run.env[dead]
+    return ends
 
 
 def evaluated(root: nn.Module, node: fx.Node) -> Any:

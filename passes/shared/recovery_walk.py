@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 
 from fxcompress.graph.calibration import Calibration, inputs_of
 from fxcompress.graph.captured import Captured
-from fxcompress.graph.interpret import evaluated, evaluating
+from fxcompress.graph.interpret import evaluated, evaluating, last_uses
 from fxcompress.graph.ops import arguments, kind_of, op_of
 from fxcompress.graph.propagate import device_of
 from fxcompress.passes.shared.recovery import Layer
@@ -83,13 +83,7 @@ class _Walk:
         nodes = [node for node in graph.nodes if node not in constant]
         end = max(nodes.index(node) for node in self.layers)
         nodes = nodes[:end + 1]
-        last: dict[fx.Node, fx.Node] = {}
-        for node in nodes:
-            for source in (node, *node.all_input_nodes):
-                last[source] = node
-        ends: dict[fx.Node, list[fx.Node]] = {}
-        for source, user in last.items():
-            ends.setdefault(user, []).append(source)
+        ends = last_uses(nodes)
         runs = [fx.Interpreter(self.captured.module) for _ in inputs]
         for run, values in zip(runs, inputs, strict=True):
             run.args_iter = iter(values)
