@@ -18,7 +18,7 @@ from ..nn.integer import FLOATS, After, Grid, IntConv2d, IntLinear
 from ..nn.moving import Interleave, ToFloat, ToInteger
 from ..nn.quantizer import Quantizer, WeightQuantizer
 from ..passes.shared.calibrating import quantizers_of
-from ..passes.shared.integer import Region, data_of, regions_of, role_of
+from ..passes.shared.integer import Region, averages, data_of, regions_of, role_of
 from ..passes.shared.masking import is_there
 from .dynamic import lower_dynamic
 from .int8_moves import READS_SIZES, interleaved, max_pool, mean, pair
@@ -75,7 +75,7 @@ class _Lowering:
                 self._emit(ends[node], None, node)
             elif role_of(node) in ("passes", "joins"):
                 self._pass(node)
-            elif kind_of(node) in ("mean", "adaptive_avg_pool2d") and data_of(node)[0] in self.ints:
+            elif averages(node) and data_of(node)[0] in self.ints:
                 self._average(node)
         for node, (integers, grid) in list(self.ints.items()):
             for user in [user for user in node.users if user not in self.replaced]:
@@ -156,11 +156,9 @@ class _Lowering:
     def _average(self, node: fx.Node) -> None:
         """Let a mean over places sum integers; it gives floats."""
         integers, grid = self.ints[data_of(node)[0]]
-        module = mean(node, grid)
-        if module is not None:
-            made = self._call(module, f"{node.name}_integer", node, (integers,), node)
-            node.replace_all_uses_with(made)
-            self.replaced.add(node)
+        made = self._call(mean(node, grid), f"{node.name}_integer", node, (integers,), node)
+        node.replace_all_uses_with(made)
+        self.replaced.add(node)
 
     def _float(self, node: fx.Node, integers: fx.Node, grid: Grid) -> fx.Node:
         if integers not in self.floats:

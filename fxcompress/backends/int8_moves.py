@@ -32,18 +32,10 @@ def max_pool(node: fx.Node) -> nn.Module:
                         pair(values.get("dilation", 1)), bool(values.get("ceil_mode", False)))
 
 
-def mean(node: fx.Node, reads: Grid) -> IntMean | None:
-    """The module for a mean over all places of images, None where `node` isn't one."""
-    values = arguments(node)
-    (data,) = node.all_input_nodes[:1]
-    if len(shape_of(data)) != 4:
-        return None
-    if kind_of(node) == "adaptive_avg_pool2d" and pair(values["output_size"]) == [1, 1]:
-        return IntMean(reads, True)
-    dims = values.get("dim")
-    if kind_of(node) == "mean" and isinstance(dims, tuple | list) and sorted(dim % 4 for dim in dims) == [2, 3]:
-        return IntMean(reads, bool(values.get("keepdim", False))) if values.get("dtype") is None else None
-    return None
+def mean(node: fx.Node, reads: Grid) -> IntMean:
+    """The module for a mean over all places of images."""
+    keeps = kind_of(node) == "adaptive_avg_pool2d" or bool(arguments(node).get("keepdim", False))
+    return IntMean(reads, keeps)
 
 
 def interleaved(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:

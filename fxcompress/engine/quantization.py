@@ -17,7 +17,7 @@ from ..graph.calibration import Calibration
 from ..graph.calibration import inputs_of as batch_of
 from ..graph.captured import Captured
 from ..graph.comparing import inputs_of
-from ..graph.interpret import evaluated, evaluating, values_of
+from ..graph.interpret import Settled, evaluated, evaluating, values_of
 from ..graph.ops import arguments, kind_of, module_of, op_of
 from ..graph.select import label
 from ..nn.quantizer import Quantizer
@@ -161,7 +161,7 @@ class _Run:
     def compare(self) -> None:
         """Both models side by side: `samples` and every sum."""
         rounding = {place.data: place.reads for place in self.places}
-        exact_run, run = _Unrounded(self.simulated.module), fx.Interpreter(self.simulated.module)
+        exact_run, run = _Unrounded(self.simulated.module), Settled(self.simulated.module)
         for inputs in self._batches():
             self.samples += _samples(inputs)
             pairs = zip(values_of(exact_run, inputs), values_of(run, inputs), strict=True)

@@ -38,6 +38,28 @@ def values_of(run: fx.Interpreter, inputs: Sequence[Any],
             del run.env[dead]
 
 
+class Settled(fx.Interpreter):
+    """Computes what only parameters and buffers go into once, for all of its runs: rounded weights, mostly. They must
+    not change between the runs."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self._settled: dict[fx.Node, Any] = {}
+        self._constant: set[fx.Node] = set()
+        for node in module.graph.nodes:
+            sources = node.all_input_nodes
+            if node.op == "get_attr" or (node.op.startswith("call_") and sources and self._constant.issuperset(sources)):
+                self._constant.add(node)
+
+    def run_node(self, n: fx.Node) -> Any:
+        """The value of `n`."""
+        if n not in self._constant:
+            return super().run_node(n)
+        if n not in self._settled:
+            self._settled[n] = super().run_node(n)
+        return self._settled[n]
+
+
 def last_uses(nodes: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     """By the node that is the last one to need them, of `nodes` in graph order: the nodes whose values can go then."""
     last: dict[fx.Node, fx.Node] = {}

@@ -7,17 +7,15 @@ oneDNN.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from . import quantized_dtypes
 from .quantizer import groups_of
 from .scheme import Scheme
-
-_FBGEMM = "fbgemm"
 
 
 def parameters_of(x: Tensor, scheme: Scheme, per_token: bool) -> tuple[Tensor, Tensor]:
@@ -126,7 +124,7 @@ class DynamicLinear(nn.Module):
             made: Sequence[_OneDnn | _Fbgemm] = [_OneDnn(part, scale) for part, scale in self._parts()]
         else:
             if not self._packed.parts:
-                library = _Fbgemm if _FBGEMM in torch.backends.quantized.supported_engines else _OneDnn
+                library = _Fbgemm if quantized_dtypes.available("fbgemm") else _OneDnn
                 self._packed.parts = [library(part, scale) for part, scale in self._parts()]
                 self._packed.sums = self._sums()
             made = self._packed.parts
@@ -163,16 +161,7 @@ class _Fbgemm:
     """The same by fbgemm, which rounds the floats as it packs them; it takes weights of torch's quantized type."""
 
     def __init__(self, weight: Tensor, scale: Tensor) -> None:
-        engine = torch.backends.quantized.engine
-        with warnings.catch_warnings():  # the type is to go: nothing but this class uses it
-            warnings.simplefilter("ignore", UserWarning)
-            held = torch._make_per_channel_quantized_tensor(
-                weight.contiguous(), scale.double(), torch.zeros(len(scale), dtype=torch.int64), 0)
-        try:
-            torch.backends.quantized.engine = _FBGEMM
-            self.packed = torch.ops.quantized.linear_prepack(held, None)
-        finally:
-            torch.backends.quantized.engine = engine
+        self.packed = quantized_dtypes.pack_linear(weight, scale, None)
 
     def __call__(self, rows: Tensor) -> Tensor:
         """From floats that count from 0, [rows, in], to scaled sums [rows, out]."""

@@ -1,7 +1,8 @@
 """Which library computes an integer product, and how it is called: oneDNN, or FBGEMM where few numbers are multiplied.
 
-What decides was measured by `benchmarks/integer_kernels.py`: oneDNN takes 65 to 100 µs a call whatever it computes,
-FBGEMM half of that, and oneDNN is the faster one at what is left (one core, AVX2).
+What decides was measured by `benchmarks/integer_kernels.py`: FBGEMM has the least overhead a call, and oneDNN is the
+faster one at what is left. oneDNN's operator on plain bytes looks up what it has prepared for a shape at every call;
+the one on quantized dtypes keeps it, but does nothing behind the sum but a ReLU.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import fbgemm
+from . import quantized_dtypes
 
 if TYPE_CHECKING:
     from .integer import After, IntConv2d, IntLinear, Product
 
 FEW_ROWS = 64  # of a matrix, below which FBGEMM multiplies faster
-FEW_PRODUCTS = 2e6  # of a convolution, below which FBGEMM's smaller overhead wins
-FEW_DEPTHWISE = 3e5  # the same where each filter reads one channel
+FEW_PRODUCTS = 5e5  # of a convolution, below which FBGEMM's smaller overhead wins
+FEW_DEPTHWISE = 1e5  # the same where each filter reads one channel
 _TOP = 255  # of uint8
 _D = torch.ops.onednn
 _conv = getattr(_D, "qconv_pointwise", None) or _D.qconv2d_pointwise
@@ -30,15 +31,12 @@ _conv_adding = _D.qconv2d_pointwise.binary
 
 @dataclass(frozen=True)
 class Kernel:
-    """A product ready to run on what it reads and adds; `engine` is the library's name, `why` says why it is that."""
+    """A product ready to `run` on what it reads and, where the layer adds, on what it adds; `engine` is the library's
+    name, `why` says why it is that."""
 
     engine: str
     why: str
     run: Callable[[Tensor, Tensor | None], Tensor]
-
-    def __call__(self, q: Tensor, other: Tensor | None) -> Tensor:
-        """The product of `q`, `other` added where the layer adds."""
-        return self.run(q, other)
 
 
 def conv2d(layer: IntConv2d, shape: torch.Size) -> Kernel:
@@ -49,12 +47,13 @@ def conv2d(layer: IntConv2d, shape: torch.Size) -> Kernel:
                                                      layer.stride, strict=True))
     few = {1: FEW_PRODUCTS, layer.shape[0]: FEW_DEPTHWISE}.get(layer.groups, 0)
     if products < few and layer.after.gives is not None and _takes(layer.after):
-        packed = fbgemm.pack_conv2d(layer.weight, layer.weight_scale, layer.bias, *map(_listed, layer.settings))
         why = f"{products / 1e6:.2g} M products are few: less overhead for each call"
-        return Kernel("fbgemm", why, _fbgemm(layer, packed, fbgemm.conv2d, torch.channels_last))
+        return Kernel("fbgemm", why, _quantized_conv2d(layer, "fbgemm"))
+    why = _objection(layer.after) if products < few else f"{products / 1e6:.2g} M products: the faster one at many"
+    if _plain(layer.after) and quantized_dtypes.available("onednn"):
+        return Kernel("onednn", why, _quantized_conv2d(layer, "onednn"))
     packed = _D.qconv_prepack(layer.weight, layer.weight_scale, layer.reads.scale, layer.reads.zero_point,
                               *layer.settings, shape)
-    why = _objection(layer.after) if products < few else f"{products / 1e6:.2g} M products: the faster one at many"
     return Kernel("onednn", why, _onednn(layer, packed, _conv, _conv_adding, layer.settings))
 
 
@@ -63,12 +62,13 @@ def linear(layer: IntLinear, shape: torch.Size) -> Kernel:
     rows = prod(shape[:-1])
     why = f"{rows} row{'s' * (rows != 1)}: {'the faster one at few' if rows < FEW_ROWS else 'the faster one at many'}"
     if rows < FEW_ROWS and _takes(layer.after):
-        packed = fbgemm.pack_linear(layer.weight, layer.weight_scale, layer.bias)
+        packed = quantized_dtypes.pack_linear(layer.weight, layer.weight_scale, layer.bias)
         if layer.after.gives is not None:
-            return Kernel("fbgemm", why, _fbgemm(layer, packed, fbgemm.linear, torch.contiguous_format))
+            return Kernel("fbgemm", why, _quantized(layer, packed, quantized_dtypes.linear, torch.contiguous_format))
         reads, relu = (layer.reads.scale, layer.reads.zero_point), layer.after.activation == "relu"
         if layer.after.activation in ("none", "relu"):
-            return Kernel("fbgemm", why, lambda q, other: fbgemm.linear_to_floats(q.contiguous(), reads, packed, relu))
+            return Kernel("fbgemm", why, lambda q, other: quantized_dtypes.linear_to_floats(
+                q.contiguous(), reads, packed, relu))
     packed = _D.qlinear_prepack(layer.weight, shape)
     why = _objection(layer.after) if rows < FEW_ROWS else why
     return Kernel("onednn", why, _onednn(layer, packed, _D.qlinear_pointwise, _D.qlinear_pointwise.binary, ()))
@@ -77,34 +77,54 @@ def linear(layer: IntLinear, shape: torch.Size) -> Kernel:
 def traced_conv2d(layer: IntConv2d, q: Tensor, other: Tensor | None) -> Tensor:
     """The convolution in operators that `torch.compile` and `torch.export` follow; freezing packs the weight once."""
     packed = _D.qconv_prepack(layer.weight, layer.weight_scale, layer.reads.scale, layer.reads.zero_point,
-                              *layer.settings, None)
+                              *layer.settings, _known(q.shape))
     return _traced(layer, packed, _conv, layer.settings, q, other)
 
 
 def traced_linear(layer: IntLinear, q: Tensor, other: Tensor | None) -> Tensor:
     """The linear layer in operators that `torch.compile` and `torch.export` follow."""
-    packed = _D.qlinear_prepack(layer.weight, None)
+    packed = _D.qlinear_prepack(layer.weight, _known(q.shape))
     return _traced(layer, packed, _D.qlinear_pointwise, (), q, other)
 
 
 def _traced(layer: Product, packed: Tensor, product: Any, settings: tuple[Any, ...], q: Tensor,
             other: Tensor | None) -> Tensor:
-    """What writes into its argument can't be traced: additions are written out, in the words that Inductor fuses into
-    the product again."""
+    """What writes into its argument can't be traced: an addition is an operator of its own, which doesn't, and
+    `backends/compiled.py` lets it. A program that is exported keeps to operators that every torch has."""
     after, bias = layer.after, layer.bias
     if after.adds is None:
         made: Tensor = _onednn(layer, packed, product, None, settings)(q, None)
         return made
     assert other is not None
     given = (layer.reads.scale, layer.reads.zero_point, packed, layer.weight_scale, layer.weight_zero)
+    top = after.gives.high if after.gives is not None else _TOP
+    if settings and not torch.compiler.is_exporting():
+        made = torch.ops.fxcompress.conv2d_add(q, *given, other, bias, *settings, *_end(after), *_added(after))
+        return made if top == _TOP else made.clamp(max=top)
     total = product(q, *given, bias, *settings, 1.0, 0, torch.float32, "none", [], "")
     added = other if other.is_floating_point() else (other.to(torch.float32) - after.adds.zero_point) * after.adds.scale
     total = torch.relu(total + added) if after.activation == "relu" else total + added
     if after.gives is None:
         return total
-    inverse = 1.0 / after.gives.scale
-    made = ((total * inverse).round() + after.gives.zero_point).clamp(0, _TOP).to(torch.uint8)
-    return made if after.gives.high == _TOP else made.clamp(max=after.gives.high)
+    made = ((total * (1.0 / after.gives.scale)).round() + after.gives.zero_point).clamp(0, _TOP).to(torch.uint8)
+    return made if top == _TOP else made.clamp(max=top)
+
+
+def _known(shape: torch.Size) -> list[int] | None:
+    """The shape to pack weights for; None where it isn't known, or a program is exported, for any that fits."""
+    known = not torch.compiler.is_exporting() and all(isinstance(size, int) for size in shape)
+    return list(shape) if known else None
+
+
+def _end(after: After) -> tuple[float, int, torch.dtype]:
+    """Scale, zero point and dtype of the result, as oneDNN wants them."""
+    return (after.gives.scale, after.gives.zero_point, torch.uint8) if after.gives else (1.0, 0, torch.float32)
+
+
+def _added(after: After) -> tuple[float, int, str, float, str, list[float], str]:
+    """What is added, and how, as oneDNN wants it."""
+    assert after.adds is not None
+    return after.adds.scale, after.adds.zero_point, "sum", 1.0, after.activation, list(after.numbers), ""
 
 
 def _listed(value: Any) -> Any:
@@ -113,46 +133,63 @@ def _listed(value: Any) -> Any:
 
 def _takes(after: After) -> bool:
     """Whether FBGEMM can do what follows the product: nothing but bounds, which integers are clamped to."""
-    return fbgemm.available() and after.adds is None and after.bounds is not None
+    return quantized_dtypes.available("fbgemm") and after.adds is None and after.bounds is not None
+
+
+def _integers(after: After) -> tuple[int, int] | None:
+    """Between what integers the result is kept, both included; None where the activation does more than that."""
+    gives, bounds = after.gives, after.bounds
+    if gives is None or bounds is None:
+        return None
+    low, high = (round(bound / gives.scale) + gives.zero_point for bound in bounds)
+    return max(low, 0), min(high, _TOP)
+
+
+def _plain(after: After) -> bool:
+    """Whether the sum is rounded to all of a byte, with nothing but a ReLU before that."""
+    return after.adds is None and after.gives is not None and (
+        _integers(after) in ((0, _TOP), (after.gives.zero_point, _TOP)))
 
 
 def _objection(after: After) -> str:
     """Why FBGEMM doesn't compute a product that it would be faster at."""
-    if not fbgemm.available():
+    if not quantized_dtypes.available("fbgemm"):
         return "this build of torch has no FBGEMM"
     return "it adds a tensor" if after.adds is not None else f"`{after.activation}` is computed in the kernel"
 
 
-def _fbgemm(layer: Product, packed: Any, product: Callable[..., Tensor],
-            layout: torch.memory_format) -> Callable[[Tensor, Tensor | None], Tensor]:
-    after, gives = layer.after, layer.after.gives
-    assert gives is not None and after.bounds is not None
-    low, high = (round(bound / gives.scale) + gives.zero_point for bound in after.bounds)
-    relu = after.activation == "relu"
+def _quantized_conv2d(layer: IntConv2d, engine: quantized_dtypes.Engine) -> Callable[[Tensor, Tensor | None], Tensor]:
+    packed = quantized_dtypes.pack_conv2d(engine, layer.weight, layer.weight_scale, layer.bias,
+                                          *map(_listed, layer.settings))
+    return _quantized(layer, packed, quantized_dtypes.conv2d, torch.channels_last)
+
+
+def _quantized(layer: Product, packed: Any, product: Callable[..., Tensor],
+               layout: torch.memory_format) -> Callable[[Tensor, Tensor | None], Tensor]:
+    gives, bounds = layer.after.gives, _integers(layer.after)
+    assert gives is not None and bounds is not None
+    low, high = bounds
+    relu = low == gives.zero_point > 0  # at zero_point 0 it is what a byte does anyway
     grids = ((layer.reads.scale, layer.reads.zero_point), packed, (gives.scale, gives.zero_point), relu)
-    if relu:
-        low = gives.low  # the operator does it
-    if (low, high) == (0, _TOP):
+    if high == _TOP and (relu or low == 0):
         return lambda q, other: product(q.contiguous(memory_format=layout), *grids)
     return lambda q, other: product(q.contiguous(memory_format=layout), *grids).clamp_(low, high)
 
 
 def _onednn(layer: Product, packed: Tensor, product: Any, adding: Any,
             settings: tuple[Any, ...]) -> Callable[[Tensor, Tensor | None], Tensor]:
-    after = layer.after
+    after, bias = layer.after, layer.bias
     given = (layer.reads.scale, layer.reads.zero_point, packed, layer.weight_scale, layer.weight_zero)
-    gives = (after.gives.scale, after.gives.zero_point, torch.uint8) if after.gives else (1.0, 0, torch.float32)
-    bias, top = layer.bias, after.gives.high if after.gives is not None else _TOP
+    (scale, zero, dtype), top = _end(after), after.gives.high if after.gives is not None else _TOP
     if after.adds is None:
-        # The bounds of the grid are kept by the kernel itself where it can: as those of an activation.
-        narrow = top < _TOP and after.bounds is not None
-        activation, numbers = ("hardtanh", after.bounds) if narrow else (after.activation, after.numbers)
-        last = (*gives, activation, list(numbers or ()), "")
-        if narrow or top == _TOP:
+        dtype, activation, numbers = _activation(after)
+        last = (scale, zero, dtype, activation, list(numbers), "")
+        if dtype == torch.int8:
+            return lambda q, other: product(q, *given, bias, *settings, *last).view(torch.uint8)
+        if activation == "hardtanh" or top == _TOP:
             return lambda q, other: product(q, *given, bias, *settings, *last)
         return lambda q, other: product(q, *given, bias, *settings, *last).clamp_(max=top)
-    adds = (after.adds.scale, after.adds.zero_point, "sum", 1.0, after.activation, list(after.numbers), "")
-    images = bool(settings)
+    adds, images = _added(after), bool(settings)
 
     def add(q: Tensor, other: Tensor | None) -> Tensor:
         assert other is not None
@@ -160,12 +197,48 @@ def _onednn(layer: Product, packed: Tensor, product: Any, adding: Any,
         other = other.detach()  # what is added may come from layers with parameters, and is written into
         if images:
             other = other.contiguous(memory_format=torch.channels_last)
-            made: Tensor = adding(q, *given, other, bias, *settings, *gives, *adds)
+            made: Tensor = adding(q, *given, other, bias, *settings, scale, zero, dtype, *adds)
         else:
-            made = adding(q, *given, other, bias, *gives, *adds)
+            made = adding(q, *given, other, bias, scale, zero, dtype, *adds)
         return made if top == _TOP else made.clamp_(max=top)
 
     return add
+
+
+def _activation(after: After) -> tuple[torch.dtype, str, tuple[float, ...]]:
+    """The dtype that the kernel gives, and the activation with its numbers by which it keeps the bounds of the result:
+    the cheapest one. A byte keeps its own; so does int8 behind a ReLU, whose bytes are read as uint8."""
+    bounds = _integers(after)
+    if after.gives is None or bounds is None or after.bounds is None:
+        return _end(after)[2], after.activation, after.numbers
+    zero = after.gives.zero_point
+    if bounds[1] == _TOP and bounds[0] in (0, zero):
+        return torch.uint8, "none" if bounds[0] == 0 else "relu", ()
+    if bounds == (0, 127) and zero == 0:
+        return torch.int8, "relu", ()
+    return torch.uint8, "hardtanh", after.bounds
+
+
+# `onednn::qconv2d_pointwise.binary` that leaves `other` as it is.
+_LIBRARY = torch.library.Library("fxcompress", "FRAGMENT")
+_LIBRARY.define(
+    "conv2d_add(Tensor q, float q_scale, int q_zero, Tensor weight, Tensor weight_scale, Tensor weight_zero, "
+    "Tensor other, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups, float scale, "
+    "int zero_point, ScalarType dtype, float other_scale, int other_zero, str binary, float alpha, str unary, "
+    "Scalar?[] numbers, str algorithm) -> Tensor")
+OTHER = 6  # the place of `other` in its arguments
+
+
+@torch.library.impl(_LIBRARY, "conv2d_add", "CPU")
+def _conv2d_add(*values: Any) -> Tensor:
+    other = values[OTHER].clone(memory_format=torch.channels_last)
+    made: Tensor = _conv_adding(*values[:OTHER], other, *values[OTHER + 1:])
+    return made
+
+
+@torch.library.impl(_LIBRARY, "conv2d_add", "Meta")
+def _shape_of_sum(*values: Any) -> Tensor:
+    return torch.empty_like(values[OTHER], dtype=values[14], memory_format=torch.channels_last)
 
 
 def _shape_of_packed(weight: Tensor, *settings: Any) -> Tensor:

@@ -116,7 +116,7 @@ class Product(nn.Module):
         kernel = self._packed.kernels.get(q.shape)
         if kernel is None:
             kernel = self._packed.kernels[q.shape] = self._kernel(q.shape)
-        return kernel(q, other)
+        return kernel.run(q, other)
 
     @property
     def engine(self) -> str:

@@ -31,6 +31,7 @@ ROLES: Mapping[str, Role] = {
                     "passes"),
     **dict.fromkeys(("cat", "stack"), "joins"),
 }
+MEANS = ("mean", "adaptive_avg_pool2d")  # operators that may sum the integers of an image
 AFTER_ADD = ("relu",)  # activations that a kernel applies behind an addition
 
 
@@ -110,6 +111,20 @@ def data_of(node: fx.Node) -> list[fx.Node]:
     return [found] if isinstance(found, fx.Node) else []
 
 
+def averages(node: fx.Node) -> bool:
+    """Whether `node` is the mean over all places of images, which reads integers and gives floats."""
+    if kind_of(node) not in MEANS:
+        return False
+    values, (data, *_) = arguments(node), data_of(node)
+    shape = getattr(data.meta.get("fxc"), "shape", None)
+    if not isinstance(shape, tuple) or len(shape) != 4:
+        return False
+    if kind_of(node) == "adaptive_avg_pool2d":
+        return values["output_size"] in (1, (1, 1), [1, 1])
+    dims = values.get("dim")
+    return values.get("dtype") is None and isinstance(dims, tuple | list) and sorted(dim % 4 for dim in dims) == [2, 3]
+
+
 def _moves(node: fx.Node) -> bool:
     """Whether `node` moves the numbers of others: tensors, or the parts that another one which moves them makes."""
     data = data_of(node) if role_of(node) in ("passes", "joins") else []
@@ -122,15 +137,17 @@ class Grids:
     """Which values lie on one grid. `sources` are the nodes whose values are rounded, each with its grid's number.
 
     A sum that nothing reads in integers is computed in float, by the kernel that adds: neither it nor what is added is
-    rounded.
+    rounded. A mean over places that a kernel reads sums integers, where a kernel gives them.
     """
 
     regions: list[Region]
     sources: dict[fx.Node, int] = field(default_factory=dict)
     _parent: list[int] = field(default_factory=list)
+    _ends: set[fx.Node] = field(init=False)
 
     def __post_init__(self) -> None:
         """Walks back from everything that a kernel reads to where it is made."""
+        self._ends = {region.end for region in self.regions}
         inside = {node for region in self.regions
                   for node in (region.product, region.norm, region.add, region.activation)
                   if node is not None and node is not region.end}
@@ -155,6 +172,8 @@ class Grids:
                 stack.extend((source, grid) for source in data_of(node))
             elif node not in self.sources:
                 self.sources[node] = self._new() if grid is None else grid
+                if averages(node) and data_of(node)[0] in self._ends:
+                    stack.append((data_of(node)[0], None))
             elif grid is not None:
                 self._parent[self._root(grid)] = self._root(self.sources[node])
 

@@ -23,7 +23,7 @@ from fxcompress.nn.scheme import Scheme
 from fxcompress.nn.trained import TrainedQuantizer
 from fxcompress.passes.shared.calibrating import calibrate, cover_weight
 from fxcompress.passes.shared.fold_norms import fold, norms_behind
-from fxcompress.passes.shared.integer import Grids, Region, regions_of, role_of
+from fxcompress.passes.shared.integer import Grids, Region, averages, data_of, regions_of, role_of
 from fxcompress.passes.shared.normalizing import Normal, channels_of, few, normalize, weight_name
 from fxcompress.passes.shared.preparing import prepare
 from fxcompress.passes.shared.training_rounds import norm_arguments, scheduled
@@ -287,7 +287,8 @@ def _breaks(regions: list[Region], grids: Grids) -> list[str]:
     ends = {region.end for region in regions}
     found: dict[str, list[str]] = {}
     for source in grids.sources:
-        if source not in ends and source.op != "placeholder":
+        if source not in ends and source.op != "placeholder" and not (
+                averages(source) and data_of(source)[0] in grids.sources):
             found.setdefault(kind_of(source), []).append(path_of(source) or source.name)
     return [f"{len(regions)} region{'s' * (len(regions) != 1)} in integers, one kernel each: {shown}",
             *(f"integers begin anew behind {len(paths)} {kind} ({few(paths)}), which computes in float"

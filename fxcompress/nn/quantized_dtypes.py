@@ -1,7 +1,8 @@
-"""The one adapter to FBGEMM's operators, which take tensors of torch's quantized dtypes.
+"""The one adapter to the operators on torch's quantized dtypes.
 
 Outside of this file integers are plain uint8 tensors: here they get a quantized tensor's head on the same memory, and
-lose it again. FBGEMM has less overhead for each call than oneDNN, and multiplies few rows by a matrix much faster.
+lose it again. These operators run by FBGEMM, which has the least overhead for each call and multiplies few rows by a
+matrix much faster, or by oneDNN, which keeps what it has prepared for a shape here, and doesn't on plain bytes.
 """
 
 from __future__ import annotations
@@ -10,19 +11,21 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+Engine = Literal["fbgemm", "onednn"]
 _Q = torch.ops.quantized
+_HEAD = "_fxc_head"  # the attribute of bytes that has their quantized tensor
 
 
 @cache
-def available() -> bool:
-    """Whether this build of torch has FBGEMM, and the quantized dtypes, which torch means to take away: it says so
+def available(engine: Engine) -> bool:
+    """Whether this build of torch has the engine, and the quantized dtypes, which torch means to take away: it says so
     once, and that is heard here."""
-    if "fbgemm" not in torch.backends.quantized.supported_engines:
+    if engine not in torch.backends.quantized.supported_engines:
         return False
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
@@ -33,20 +36,27 @@ def available() -> bool:
 
 
 def as_quantized(q: Tensor, scale: float, zero_point: int) -> Tensor:
-    """A quantized tensor on the memory of `q` (uint8)."""
+    """A quantized tensor on the memory of `q` (uint8): the one that it was the bytes of, if that has this grid."""
+    kept = q.__dict__.get(_HEAD)
+    if kept is not None and kept[0] == scale and kept[1] == zero_point:
+        found: Tensor = kept[2]
+        return found
     head = torch._empty_affine_quantized([0], scale=scale, zero_point=zero_point, dtype=torch.quint8)
     return head.set_(q.untyped_storage(), q.storage_offset(), q.shape, q.stride())
 
 
-def as_bytes(quantized: Tensor) -> Tensor:
-    """The integers of a quantized tensor, uint8, on its memory."""
-    return torch.empty(0, dtype=torch.uint8).set_(
+def as_bytes(quantized: Tensor, scale: float, zero_point: int) -> Tensor:
+    """The integers of a quantized tensor of this grid, uint8, on its memory. They remember it: making a head for the
+    next operator takes as long as a small product."""
+    made = torch.empty(0, dtype=torch.uint8).set_(
         quantized.untyped_storage(), quantized.storage_offset(), quantized.shape, quantized.stride())
+    made.__dict__[_HEAD] = scale, zero_point, quantized
+    return made
 
 
 def to_bytes(x: Tensor, scale: float, zero_point: int) -> Tensor:
     """Floats to uint8 (round(x / scale) + zero_point, saturated) in one pass over the memory, in the layout of `x`."""
-    return as_bytes(torch.quantize_per_tensor(x, scale, zero_point, torch.quint8))
+    return as_bytes(torch.quantize_per_tensor(x, scale, zero_point, torch.quint8), scale, zero_point)
 
 
 def to_floats(q: Tensor, scale: float, zero_point: int) -> Tensor:
@@ -56,21 +66,21 @@ def to_floats(q: Tensor, scale: float, zero_point: int) -> Tensor:
 
 def pack_linear(weight: Tensor, scale: Tensor, bias: Tensor | None) -> Any:
     """Weights of a linear layer, int8 [out, in] with `scale` [out], for `linear` and `linear_to_floats`."""
-    with _engine():
+    with _engine("fbgemm"):
         return _Q.linear_prepack(_weight(weight, scale), bias)
 
 
-def pack_conv2d(weight: Tensor, scale: Tensor, bias: Tensor | None, stride: list[int], padding: list[int],
-                dilation: list[int], groups: int) -> Any:
-    """Filters, int8 [out, in / groups, kH, kW] with `scale` [out], for `conv2d`."""
-    with _engine():
+def pack_conv2d(engine: Engine, weight: Tensor, scale: Tensor, bias: Tensor | None, stride: list[int],
+                padding: list[int], dilation: list[int], groups: int) -> Any:
+    """Filters, int8 [out, in / groups, kH, kW] with `scale` [out], for `conv2d` on that engine."""
+    with _engine(engine):
         return _Q.conv2d_prepack(_weight(weight, scale), bias, stride, padding, dilation, groups)
 
 
 def linear(q: Tensor, reads: tuple[float, int], packed: Any, gives: tuple[float, int], relu: bool) -> Tensor:
     """uint8 [..., in] to uint8 [..., out]; `reads` and `gives` are (scale, zero_point)."""
     run = _Q.linear_relu if relu else _Q.linear
-    return as_bytes(run(as_quantized(q, *reads), packed, *gives))
+    return as_bytes(run(as_quantized(q, *reads), packed, *gives), *gives)
 
 
 def linear_to_floats(q: Tensor, reads: tuple[float, int], packed: Any, relu: bool) -> Tensor:
@@ -85,7 +95,15 @@ def linear_to_floats(q: Tensor, reads: tuple[float, int], packed: Any, relu: boo
 def conv2d(q: Tensor, reads: tuple[float, int], packed: Any, gives: tuple[float, int], relu: bool) -> Tensor:
     """uint8 [N, C, H, W] to uint8 [N, C', H', W'], both channels-last."""
     run = _Q.conv2d_relu if relu else _Q.conv2d
-    return as_bytes(run(as_quantized(q, *reads), packed, *gives))
+    return as_bytes(run(as_quantized(q, *reads), packed, *gives), *gives)
+
+
+def max_pool2d(q: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...],
+               dilation: tuple[int, ...], ceil_mode: bool) -> Tensor:
+    """The maximum over windows of uint8 images; it needs no grid."""
+    scale, zero_point, head = q.__dict__.get(_HEAD) or (1.0, 0, as_quantized(q, 1.0, 0))
+    made = torch.quantized_max_pool2d(head, kernel, stride, padding, dilation, ceil_mode)
+    return as_bytes(made, scale, zero_point)
 
 
 def _weight(weight: Tensor, scale: Tensor) -> Tensor:
@@ -94,10 +112,10 @@ def _weight(weight: Tensor, scale: Tensor) -> Tensor:
 
 
 @contextmanager
-def _engine() -> Iterator[None]:
+def _engine(engine: Engine) -> Iterator[None]:
     """Packing asks torch's setting which engine to pack for."""
     was = torch.backends.quantized.engine
-    torch.backends.quantized.engine = "fbgemm"
+    torch.backends.quantized.engine = engine
     try:
         yield
     finally:
