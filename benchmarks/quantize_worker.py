@@ -9,6 +9,8 @@ Prepares the model, and writes a line of JSON: {"ready": true, "drift": ..., "se
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import os
 import resource
@@ -134,6 +136,8 @@ def prepared(job: Job, contestant: str, send: Callable[[dict[str, Any]], None]) 
     job.__dict__.pop("net", None)  # a contestant that needs the float model holds it itself
     job.__dict__.pop("calibration", None)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # the others need what preparing took
     send({"ready": True, "drift": found, "seconds": time.perf_counter() - begin, "memory": memory,
           "detail": getattr(run, "detail", "")})
     return run
