@@ -13,7 +13,7 @@ import fxcompress
 
 
 class Net(nn.Module):
-    """Pooling, a residual sum, a shuffle of two groups, a depthwise convolution and a linear layer."""
+    """Pooling, a residual sum, one whose addend is read again, a shuffle of two groups, a depthwise convolution and a linear layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class Net(nn.Module):
         x = F.max_pool2d(F.relu(self.norm(self.stem(x))), 3, 2, 1)
         x = F.relu(self.body(x) + x)
         n, c, h, w = x.shape
-        y = torch.cat([x, F.relu(self.body(x))], 1).view(n, 2, c, h, w).transpose(1, 2).reshape(n, 2 * c, h, w)
+        y = torch.cat([x, F.relu(self.body(x) + x)], 1).view(n, 2, c, h, w).transpose(1, 2).reshape(n, 2 * c, h, w)
         return self.head(F.relu6(self.deep(y)).mean((2, 3)))
 
 

@@ -19,8 +19,9 @@ from fxcompress.diagnostics import PlanError
 from fxcompress.engine import integers
 from fxcompress.graph.ops import kind_of, module_of
 from fxcompress.inspect import report
-from fxcompress.nn import IntConv2d, IntLinear, Quantizer
+from fxcompress.nn import IntConv2d, IntLinear, Quantizer, engines
 from fxcompress.nn.integer import After, Grid, saturates
+from fxcompress.nn.moving import IntMaxPool2d, IntMean, ToInteger
 from fxcompress.nn.scheme import Scheme
 from fxcompress.passes import Quantize
 from fxcompress.passes.shared.fold_norms import fold
@@ -118,8 +119,21 @@ def check(found: Tensor, expected: Tensor, after: After) -> None:
     assert found.dtype == torch.uint8 and float(off.max()) <= 1 and float((off > 0).double().mean()) < 1e-3
 
 
+@pytest.fixture(params=["few", "many"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So few products that FBGEMM computes them, where it can, and so many that oneDNN does."""
+    few = {"few": 1e12, "many": 0}[request.param]
+    monkeypatch.setattr(engines, "FEW_PRODUCTS", few)
+    monkeypatch.setattr(engines, "FEW_DEPTHWISE", few)
+
+
+# Of all numbers, of those that a byte keeps, and those of 7 bits: with both signs, and behind a ReLU.
+GIVES = [None, Grid(0.37, 11), Grid(0.37, 0), Grid(0.9, 60, 0, 127), Grid(0.9, 0, 0, 127)]
+
+
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("extreme", [False, True])
-@pytest.mark.parametrize("gives", [None, Grid(0.37, 11), Grid(0.9, 60, 0, 127)])
+@pytest.mark.parametrize("gives", GIVES)
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
 @pytest.mark.parametrize(("groups", "stride", "size"), [(1, 1, 3), (8, 2, 3), (2, 1, 1)])
 def test_convolutions_in_exact_arithmetic(groups: int, stride: int, size: int, activation: str, gives: Grid | None,
@@ -136,10 +150,63 @@ def test_convolutions_in_exact_arithmetic(groups: int, stride: int, size: int, a
     layer.fill(weight, scale, bias)
     total = F.conv2d(q.double() - 7, weight.double(), None, stride, 1, 1, groups)
     total = total * (0.05 * scale.double())[:, None, None] + bias.double()[:, None, None]
-    check(layer(q.to(memory_format=torch.channels_last)), exact(total, after, None, function), after)
+    expected = exact(total, after, None, function)
+    for _ in range(2):  # what is prepared at the first call is used at the next
+        check(layer(q.to(memory_format=torch.channels_last)), expected, after)
 
 
-@pytest.mark.parametrize("gives", [None, Grid(0.37, 11), Grid(0.9, 60, 0, 127)])
+def test_bytes_in_a_chain_are_read_on_their_own_grid() -> None:
+    """A layer remembers the quantized tensor that its bytes were; the next one may read them on another grid."""
+    torch.manual_seed(6)
+    q = torch.randint(0, TOP + 1, (1, 8, 6, 6), dtype=torch.uint8).to(memory_format=torch.channels_last)
+    weight = torch.randint(-9, 10, (8, 8, 1, 1), dtype=torch.int8)
+    gives = Grid(0.5, 3)
+
+    def layer(reads: Grid) -> IntConv2d:
+        made = IntConv2d(weight.shape, False, reads, After(gives), (1, 1), (0, 0), (1, 1), 1)
+        made.fill(weight, torch.full((8,), 0.01), None)
+        return made
+
+    first = layer(Grid(0.05, 7))(q)
+    for reads in (gives, Grid(0.25, 9)):
+        total = F.conv2d(first.double() - reads.zero_point, weight.double()) * reads.scale * float(torch.tensor(0.01))
+        check(layer(reads)(first), exact(total, After(gives), None, lambda x: x), After(gives))
+        changed = first.clone().fill_(TOP)
+        total = F.conv2d(changed.double() - reads.zero_point, weight.double()) * reads.scale * float(torch.tensor(0.01))
+        check(layer(reads)(changed), exact(total, After(gives), None, lambda x: x), After(gives))
+
+
+@pytest.mark.parametrize("channels", [5, 32, 64])
+@pytest.mark.parametrize(("kernel", "stride", "padding", "dilation", "ceil"), [
+    (3, 2, 1, 1, False), (2, 2, 0, 1, True), (3, 1, 1, 2, False)])
+def test_pooling_of_bytes(channels: int, kernel: int, stride: int, padding: int, dilation: int, ceil: bool) -> None:
+    """By torch's operator and by slices: the same as on floats."""
+    q = torch.randint(0, 256, (2, channels, 13, 11), dtype=torch.uint8, generator=torch.Generator().manual_seed(7))
+    q = q.to(memory_format=torch.channels_last)
+    pool = IntMaxPool2d(*((number, number) for number in (kernel, stride, padding, dilation)), ceil)
+    expected = F.max_pool2d(q.float(), kernel, stride, padding, dilation, ceil).to(torch.uint8)
+    assert torch.equal(pool(q), expected) and torch.equal(pool._by_slices(q), expected)
+
+
+@pytest.mark.parametrize("size", [7, 300])
+@pytest.mark.parametrize("keepdim", [False, True])
+def test_means_of_bytes_are_exact(size: int, keepdim: bool) -> None:
+    q = torch.randint(0, 256, (2, 4, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(8))
+    q[:, 0] = 255
+    expected = (q.double().mean((2, 3), keepdim=keepdim) - 9) * 0.125
+    found = IntMean(Grid(0.125, 9), keepdim)(q.to(memory_format=torch.channels_last))
+    assert found.dtype == torch.float32 and torch.allclose(found.double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4, 5])
+def test_images_become_bytes_in_the_order_of_products(channels: int) -> None:
+    x = noise(2, channels, 6, 5)
+    found = ToInteger(Grid(0.05, 30, 0, 127))(x)
+    assert torch.equal(found, (torch.quantize_per_tensor(x, 0.05, 30, torch.quint8).int_repr()).clamp(0, 127))
+    assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("gives", GIVES)
 @pytest.mark.parametrize("activation", ["none", "relu"])
 @pytest.mark.parametrize("copies", [True, False])
 def test_additions_in_exact_arithmetic(activation: str, gives: Grid | None, copies: bool) -> None:
@@ -162,7 +229,7 @@ def test_additions_in_exact_arithmetic(activation: str, gives: Grid | None, copi
 
 
 @pytest.mark.parametrize("rows", [(5,), (2, 3)])
-@pytest.mark.parametrize("gives", [None, Grid(0.4, 11), Grid(0.9, 60, 0, 127)])
+@pytest.mark.parametrize("gives", GIVES)
 @pytest.mark.parametrize("activation", ["none", "relu"])
 def test_linear_layers_in_exact_arithmetic(rows: tuple[int, ...], gives: Grid | None, activation: str) -> None:
     torch.manual_seed(4)

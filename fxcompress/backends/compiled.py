@@ -40,7 +40,7 @@ class Frozen:
             if shapes in self._seen:
                 return self._run(*args, **kwargs)
             # The tracer looks at the setting too, so that the `options` of `torch.compile` are not enough.
-            with torch._inductor.config.patch(freezing=True, cpp_wrapper=True, post_grad_custom_pre_pass=AddInPlace()):
+            with torch._inductor.config.patch(freezing=True, cpp_wrapper=True, post_grad_custom_post_pass=AddInPlace()):
                 made = self._run(*args, **kwargs)
             self._seen.add(shapes)
             return made
@@ -54,7 +54,7 @@ def _guards(entries: Sequence[Any]) -> list[bool]:
 
 class AddInPlace(CustomGraphPass):
     """Lets the integer products that add write into what they add, or into a copy where that is read again: Inductor
-    keeps the order, and knows what is written into."""
+    keeps the order, and knows what is written into. It comes behind Inductor's own passes, which take copies out."""
 
     def __call__(self, graph: fx.Graph) -> None:
         """Rewrites `graph` in place."""
