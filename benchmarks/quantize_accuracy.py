@@ -69,7 +69,8 @@ def logits(model: nn.Module, images: Tensor) -> Tensor:
 
 def table(rows: list[Row]) -> str:
     """The Markdown table."""
-    return markdown(("bits of values and weights", "same class as fp32", "SQNR of the logits, dB", "processor seconds to quantize"), [
+    head = "bits of values and weights", "same class as fp32", "SQNR of the logits, dB", "processor seconds to quantize"
+    return markdown(head, [
         (str(row["way"]), f"{float(row['agreement']):.1%}", f"{float(row['sqnr']):.1f}", f"{float(row['seconds']):.0f}")
         for row in rows])
 

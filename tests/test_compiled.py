@@ -13,7 +13,8 @@ import fxcompress
 
 
 class Net(nn.Module):
-    """Pooling, a residual sum, one whose addend is read again, a shuffle of two groups, a depthwise convolution and a linear layer."""
+    """Pooling, a residual sum, one whose addend is read again, a shuffle of two groups, a depthwise convolution and a
+    linear layer."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -48,7 +48,8 @@ class Settled(fx.Interpreter):
         self._constant: set[fx.Node] = set()
         for node in module.graph.nodes:
             sources = node.all_input_nodes
-            if node.op == "get_attr" or (node.op.startswith("call_") and sources and self._constant.issuperset(sources)):
+            computed = node.op.startswith("call_") and bool(sources)
+            if node.op == "get_attr" or (computed and self._constant.issuperset(sources)):
                 self._constant.add(node)
 
     def run_node(self, n: fx.Node) -> Any:
