@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fxcompress.graph.site import Outcome, Site
 
 
+AUTO = "auto"  # of `mixed`
 MODES = ("static", "dynamic", "qat", "weight_only")
 # Key -> the modes it says something in; elsewhere it has to stay as it is by default.
 MEANT: Mapping[str, tuple[str, ...]] = {
@@ -81,8 +82,10 @@ class Quantize(Pass):
                        "on calibration data", False)
     correct_bias: bool = param(Boolean(), "take off biases what rounding shifts means by, on calibration data",
                                False)
-    mixed: float = param(Percent(), "the share of the selected layers' MACs that may stay in float: the "
-                         "layers that lose the most by rounding, each tried on calibration data", 0.0)
+    mixed: float | str = param(
+        OneOf((Percent(), Choice((AUTO,)))), "the share of the selected layers' MACs that may stay in float: the "
+        "layers that lose the most by rounding, each tried on calibration data; `auto` for as few of them as the "
+        "policy's `expect drift(output)` needs", 0.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()

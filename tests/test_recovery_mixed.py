@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxcompress
+from fxcompress.diagnostics import PlanError
+from fxcompress.graph.calibration import Calibration
 from fxcompress.graph.ops import kind_of, module_of, path_of
 from fxcompress.nn import IntConv2d, IntLinear, Quantizer
 from fxcompress.nn.affine import dequantize, quantize_tensor
+from fxcompress.passes.shared.calibrating import leave_in_float
 from fxcompress.passes.shared.recovery import layers_of
-from fxcompress.passes.shared.recovery_mixed import LEFT, sensitivities, switch
+from fxcompress.passes.shared.recovery_mixed import LEFT, sensitivities, switch, waiting
 
 LAYERS = ("a", "b", "c", "d", "head")
 
@@ -121,3 +124,46 @@ def test_whatever_is_left_the_others_run_in_integers(names: tuple[str, ...]) -> 
     assert sqnr(small(x), result.module.eval()(x)) > 40
     if len(names) == len(LAYERS):
         assert torch.allclose(small(x), model(x), atol=1e-5)
+
+
+@pytest.mark.parametrize(("limit", "count"), [(0.9, 0), (0.02, 4), (1e-6, 5)])
+def test_as_few_stay_in_float_as_are_expected_to(limit: float, count: int) -> None:
+    """With none of them, with some and with all: one fewer would not do. What is expected is measured again at the
+    end."""
+    model, x = Net().eval(), noise(8, 3, 8, 8)
+    keys = "granularity = per_tensor, bits = 7 bits, gptq = true, correct_bias = true, mixed = auto"
+    policy = f"policy p {{ quantize conv2d | linear {{ {keys} }}\nexpect drift(output) < {100 * limit}% }}"
+    result = fxcompress.compile(policy, model, x, calibration=[x])
+    assert not any(item.left for item in sensitivities(result.captured))
+    order = waiting(result.captured)
+    assert order[0] == "c" and sorted(order) == sorted(LAYERS)
+    small = result.finalize(target="cpu")
+    assert kernels(small) == set(LAYERS) - set(order[:count])
+    assert any(f"mixed: {count} of 5 layers stay in float" in note for note in result.notes)
+    if count:
+        leave_in_float(result.captured, order[:count - 1], Calibration.of([x], result.captured))
+        assert float((result.module.eval()(x) - model(x)).norm() / model(x).norm()) > limit
+    if count == len(LAYERS):  # with the weights and biases that were there before rounding
+        assert torch.allclose(small(x), model(x), atol=1e-5)
+
+
+def test_the_scan_measures_what_was_rounded_against_what_was_not() -> None:
+    """Weights that `gptq` has written are no float weights: the layer that they hurt is the first."""
+    model, x = Net().eval(), noise(8, 3, 8, 8)
+    keys = "granularity = per_tensor, bits = 7 bits, gptq = true, mixed = 5%"
+    result = fxcompress.compile(f"policy p {{ quantize conv2d | linear {{ {keys} }} }}", model, x, calibration=[x])
+    found = {item.path: item for item in sensitivities(result.captured)}
+    c = next(layer for layer in layers_of(compiled(model, x, "").captured) if layer.name == "c")
+    rounded = c.rounded()
+    with torch.no_grad():
+        inner = F.relu(model.a(x))
+        z = F.relu(model.b(inner) + model.d(F.relu(F.conv2d(inner, rounded, model.c.bias))))
+        nearest = sqnr(model.head(F.max_pool2d(z, 2).flatten(1)), model(x))
+    assert found["c"].left and found["c"].sqnr == min(item.sqnr for item in found.values())
+    assert found["c"].sqnr < nearest + 20  # not the hundreds of a layer that rounds to itself
+
+
+def test_nothing_to_expect_is_refused() -> None:
+    with pytest.raises(PlanError) as caught:
+        fxcompress.compile("policy p { quantize conv2d { mixed = auto } }", Net().eval(), noise(8, 3, 8, 8))
+    assert [item.code for item in caught.value.diagnostics] == ["FXC0576"]

@@ -29,6 +29,7 @@ from ..policy.model import Policy
 from .gpu import put_on_gpu
 from .integers import held_against, is_quantized, require_ranges
 from .measure import Baseline, Measured, Measuring, failure
+from .mixing import keep_expectations
 from .quantization import measure as measure_quantization
 from .quantization_rows import Quantization
 
@@ -111,16 +112,17 @@ def finish(captured: Captured, policy: Policy, baseline: Baseline, lets: Mapping
     take_masks_off(final, fold=True)
     take_training_off(final)
     take_norms_in(final)
+    notes = keep_expectations(final, policy, baseline, lets, data)
     leave_in_float(final)
     final.module.zero_grad(set_to_none=True)
     final.module.eval()
     final = replace(final, module=final.module.to(target), example=_moved(final.example, target))
-    notes: list[str] = []
     quantized, quantization = is_quantized(final), None
     if target == "cuda":
-        notes = put_on_gpu(final, data)
+        notes += put_on_gpu(final, data)
     elif quantized:
-        notes, quantization = put_integers_in(final, data)
+        lowered, quantization = put_integers_in(final, data)
+        notes += lowered
     sink = Sink()
     measuring = Measuring(final, baseline, lets)
     measured = tuple(measuring.measure(expect) for expect in policy.expects)

@@ -19,6 +19,7 @@ from ..plan.build import build
 from ..policy.model import Policy
 from ..policy.timing import length_problems
 from .clock import Clock
+from .mixing import require_expectations
 from .result import Result
 
 
@@ -51,6 +52,7 @@ def compile(policy: Policy | str | Path, model: nn.Module | Captured, example_in
     problems = length_problems(checked.phases, epochs)
     if problems:
         raise PlanError(problems)
+    require_expectations(checked)
     captured = model.copy() if isinstance(model, Captured) else capture(model, example_inputs)
     carry_gradients(model.module if isinstance(model, Captured) else model, captured.module)
     data = Calibration.of(calibration, captured) if calibration is not None else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,7 +20,7 @@ from fxcompress.passes.shared.recovery import Layer, Sharing, layers_of
 from fxcompress.passes.shared.recovery_bias import correct_bias
 from fxcompress.passes.shared.recovery_equalize import equalize
 from fxcompress.passes.shared.recovery_gptq import gptq
-from fxcompress.passes.shared.recovery_mixed import LEFT, leave_some, switch, take_back
+from fxcompress.passes.shared.recovery_mixed import LEFT, Sensitivity, leave, leave_some, switch, take_back
 from fxcompress.passes.shared.recovery_patches import Product
 from fxcompress.passes.shared.recovery_rounding import adaround
 from fxcompress.passes.shared.recovery_smooth import smooth
@@ -132,22 +132,23 @@ class _Written:
     skipped: dict[str, list[str]] = field(default_factory=dict)
 
     def run(self) -> list[str]:
-        rounding, biased = self._able()
+        rounding, biased = self.able()
         scans = any(layer.asked.mixed for layer in self.layers)
-        self._walk(rounding, [] if scans else biased)
+        self.walk(rounding, [] if scans else biased)
         left, notes = leave_some(self.captured, self.layers, self.data)
         for layer in left:
             layer.restore()
         if scans:  # what rounding shifts depends on which layers round
             biased = [layer for layer in biased if layer not in left]
-            self._walk([], biased)
+            self.walk([], biased)
         return [*self._said(rounding, biased), *notes]
 
-    def _walk(self, rounding: Sequence[Layer], biased: Sequence[Layer]) -> None:
+    def walk(self, rounding: Sequence[Layer], biased: Sequence[Layer]) -> None:
+        """Write the weights of some layers and the biases of some, in graph order."""
         walk(self.captured, self.data, [layer for layer in self.layers if layer in rounding or layer in biased],
              lambda layer, sight: self._at(layer, sight, rounding, biased))
 
-    def _able(self) -> tuple[list[Layer], list[Layer]]:
+    def able(self) -> tuple[list[Layer], list[Layer]]:
         """The layers whose weights, and whose biases, are to be written and can be."""
         sharing = Sharing(self.captured)
         rounding: list[Layer] = []
@@ -187,6 +188,19 @@ class _Written:
         if biased:
             notes.append(f"correct_bias: {len(biased)} layers")
         return notes
+
+
+def leave_in_float(captured: Captured, names: Container[str], data: Calibration | None) -> list[Sensitivity]:
+    """Leave the layers of the nodes with these names in float, as they were before rounding, and correct the biases of
+    the others anew on `data`: what rounding shifts depends on which layers round. Returns what the scan had found."""
+    rows, layers = leave(captured, names), layers_of(captured)
+    if data is not None and any(layer.asked.correct_bias for layer in layers):
+        for layer in layers:
+            layer.restore_bias()
+        written = _Written(captured, layers, data)
+        _, biased = written.able()
+        written.walk([], [layer for layer in biased if LEFT not in layer.node.meta])
+    return rows
 
 
 def uncalibrated(captured: Captured) -> list[str]:

@@ -130,7 +130,7 @@ class Layer:
                 bias.shape == kept.bias.shape and torch.equal(bias, kept.written_bias)):
             with torch.no_grad():
                 bias.copy_(kept.bias)
-            kept.bias = kept.written_bias = None
+            self.node.meta[UNROUNDED] = Unrounded(kept.weight)  # copies of the graph share what it was
 
     def grid(self) -> tuple[Tensor, Tensor]:
         """(scale, zero point) of each number of the weight, in its shape."""

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections import ChainMap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
@@ -23,7 +24,7 @@ from fxcompress.graph.interpret import evaluating, values_of
 from fxcompress.graph.ops import kind_of, module_of
 from fxcompress.nn.quantizer import Quantizer
 from fxcompress.passes.shared.integer import averages, data_of, role_of
-from fxcompress.passes.shared.recovery import Layer, spread
+from fxcompress.passes.shared.recovery import UNROUNDED, Layer, layers_of, spread
 from fxcompress.passes.shared.recovery_bias import channels, mean_shift
 from fxcompress.passes.shared.recovery_walk import some_inputs
 from fxcompress.passes.shared.switching import quantizers_of, without_rounding
@@ -57,20 +58,49 @@ def leave_some(captured: Captured, layers: Sequence[Layer], data: Calibration) -
     table as notes."""
     left: list[Layer] = []
     notes: list[str] = []
-    for share in sorted({layer.asked.mixed for layer in layers} - {0.0}):
+    for share in dict.fromkeys(layer.asked.mixed for layer in layers if layer.asked.mixed):
         group = [layer for layer in layers if layer.asked.mixed == share]
         rows = scan(captured, group, data)
-        chosen = choose(list(rows.values()), float(share))
+        chosen = choose(list(rows.values()), share) if isinstance(share, float) else set()
         for layer, row in rows.items():
-            final = Sensitivity(row.path, row.kind, row.macs, row.sqnr, row.path in chosen)
-            layer.node.meta[SENSITIVITY] = final
-            rows[layer] = final
-            if final.left:
-                layer.node.meta[LEFT] = f"rounding it alone gives {row.sqnr:.1f} dB, {row.macs:.1%} of the MACs"
+            layer.node.meta[SENSITIVITY] = row
+            if row.path in chosen:
+                rows[layer] = _leave(layer)
                 left.append(layer)
-        notes += table(list(rows.values()), float(share))
+        notes += table(list(rows.values()), f"up to {share:.1%}" if isinstance(share, float) else "more at the end, "
+                       "where the policy's expectations need it")
     switch(captured, layers)
     return left, notes
+
+
+def _leave(layer: Layer) -> Sensitivity:
+    row: Sensitivity = replace(layer.node.meta[SENSITIVITY], left=True)
+    layer.node.meta[SENSITIVITY] = row
+    layer.node.meta[LEFT] = f"rounding it alone gives {row.sqnr:.1f} dB, {row.macs:.1%} of the MACs"
+    return row
+
+
+def waiting(captured: Captured) -> list[str]:
+    """The names of the nodes of layers that may be left in float as expectations need it, in the order to do so."""
+    layers = [layer for layer in layers_of(captured) if layer.asked.mixed == "auto" and SENSITIVITY in layer.node.meta]
+    return [layer.node.name for layer in sorted(layers, key=lambda layer: _weight(layer.node.meta[SENSITIVITY]))]
+
+
+def leave(captured: Captured, names: Container[str]) -> list[Sensitivity]:
+    """Leave the layers of the nodes with these names in float, their weights and biases as they were before rounding;
+    returns what the scan had found of them."""
+    layers = layers_of(captured)
+    chosen = [layer for layer in layers if layer.node.name in names]
+    for layer in chosen:
+        layer.restore()
+    rows = [_leave(layer) for layer in chosen]
+    switch(captured, layers)
+    return rows
+
+
+def _weight(row: Sensitivity) -> float:
+    """What layers to leave are sorted by: the noise for each multiply-accumulate, the most first."""
+    return -row.noise / max(row.macs, 1e-12)
 
 
 def choose(rows: Sequence[Sensitivity], share: float) -> set[str]:
@@ -78,18 +108,18 @@ def choose(rows: Sequence[Sensitivity], share: float) -> set[str]:
     none that makes next to none of the noise."""
     chosen: set[str] = set()
     least = _LEAST * sum(row.noise for row in rows)
-    for row in sorted(rows, key=lambda row: -row.noise / max(row.macs, 1e-12)):
+    for row in sorted(rows, key=_weight):
         if row.noise > least and row.macs <= share + 1e-9:
             share -= row.macs
             chosen.add(row.path)
     return chosen
 
 
-def table(rows: Sequence[Sensitivity], share: float) -> list[str]:
+def table(rows: Sequence[Sensitivity], limit: str) -> list[str]:
     """The lines of the notes: the layers with the most noise first."""
     left = [row for row in rows if row.left]
     lines = [f"mixed: {len(left)} of {len(rows)} layers stay in float, {sum(row.macs for row in left):.1%} of the MACs "
-             f"(up to {share:.1%}); SQNR of what the model gives with one layer rounded:"]
+             f"({limit}); SQNR of what the model gives with one layer rounded:"]
     ordered = sorted(rows, key=lambda row: row.sqnr)
     lines += [f"  {row.sqnr:5.1f} dB  {row.macs:6.1%} of the MACs  {'float' if row.left else 'int  '}  {row.path}"
               for row in ordered[:_SHOWN]]
@@ -104,16 +134,56 @@ def scan(captured: Captured, layers: Sequence[Layer], data: Calibration) -> dict
     Raises PlanError (FXC0570) for a batch that doesn't fit.
     """
     noise, signal = dict.fromkeys(range(len(layers)), 0.0), 0.0
-    with evaluating(captured.module), without_rounding(captured):
+    with evaluating(captured.module), without_rounding(captured), _as_they_were(layers_of(captured)) as written:
         for inputs in _few(some_inputs(captured, data, SAMPLES), captured.fixed_batch):
             run = _Run(captured, inputs)
             signal += sum(float(value.double().square().sum()) for value in run.given)
             for number, layer in enumerate(layers):
-                noise[number] += run.noise(layer)
+                with _as_written(layer, written):
+                    noise[number] += run.noise(layer)
     macs = [layer.node.meta["fxc"].macs for layer in layers]
     return {layer: Sensitivity(layer.name, kind_of(layer.node), count / max(1, sum(macs)),
                                10 * math.log10(max(signal, 1e-30) / max(noise[number], 1e-30)))
             for number, (layer, count) in enumerate(zip(layers, macs, strict=True))}
+
+
+@contextmanager
+def _as_they_were(layers: Sequence[Layer]) -> Iterator[Mapping[str, tuple[Tensor, Tensor]]]:
+    """The weights that were rounded by a recovery step are what they were before it, and afterwards what they are now:
+    gives both, by the layer's node."""
+    both: dict[str, tuple[Tensor, Tensor]] = {}
+    for layer in layers:
+        kept, weight = layer.node.meta.get(UNROUNDED), layer.tensor("weight")
+        if kept is not None and kept.weight is not None and weight is not None:
+            both[layer.node.name] = kept.weight, weight.detach().clone()
+            _set(layer, kept.weight)
+    try:
+        yield both
+    finally:
+        for layer in layers:
+            if layer.node.name in both:
+                _set(layer, both[layer.node.name][1])
+
+
+@contextmanager
+def _as_written(layer: Layer, written: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """The weight of this layer alone is what the recovery step wrote."""
+    if layer.node.name not in written:
+        yield
+        return
+    was, now = written[layer.node.name]
+    _set(layer, now)
+    try:
+        yield
+    finally:
+        _set(layer, was)
+
+
+def _set(layer: Layer, value: Tensor) -> None:
+    weight = layer.tensor("weight")
+    assert weight is not None
+    with torch.no_grad():
+        weight.copy_(value)
 
 
 def _few(batches: Iterable[list[Any]], fixed: str) -> Iterable[list[Any]]:
