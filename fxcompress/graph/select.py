@@ -304,7 +304,7 @@ _EVALUATE: Mapping[type, Callable[[Selecting, Any], Nodes]] = {
 
 def operators(graph: fx.Graph) -> list[fx.Node]:
     """Every call of `graph` but those that only prepare parameters: their arguments all come from parameters, and they
-    have none of their own; and those of quantizers, which belong to what they round."""
+    have none of their own; those of quantizers, which belong to what they round, and those of a teacher."""
     weights: set[fx.Node] = set()
     found = []
     for node in graph.nodes:
@@ -314,7 +314,7 @@ def operators(graph: fx.Graph) -> list[fx.Node]:
             inputs = node.all_input_nodes
             if inputs and weights.issuperset(inputs) and (node.op != "call_module" or kind_of(node) in ON_WEIGHTS):
                 weights.add(node)
-            elif kind_of(node) != "quantizer":
+            elif kind_of(node) not in ("quantizer", "distillation"):
                 found.append(node)
     return found
 

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from ..diagnostics import Diagnostic, Label, RewriteError
 from .captured import Captured, Origin
+from .distilled import is_control
 from .modules import leaf_of
 from .ops import BY_TARGET, kind_of, module_of, path_of, submodule
 from .provenance import origins_of
@@ -47,7 +48,7 @@ class Before:
         graph = captured.module.graph
         named = named_tensors(captured.module)
         return cls(
-            inputs=tuple(str(node.target) for node in graph.nodes if node.op == "placeholder"),
+            inputs=inputs_of(graph),
             results=results_of(graph),
             nodes={node.name: signature(node) for node in graph.nodes},
             origins={node.name: origins_of(node) for node in graph.nodes},
@@ -80,6 +81,11 @@ class Invariant:
 def signature(node: fx.Node) -> Signature:
     """What a pass changes when it changes what a node computes with."""
     return node.op, str(node.target), int(getattr(node.meta.get("fxc"), "params", 0))
+
+
+def inputs_of(graph: fx.Graph) -> tuple[str, ...]:
+    """The names of the model's inputs, without what only a distillation reads."""
+    return tuple(str(node.target) for node in graph.nodes if node.op == "placeholder" and not is_control(node))
 
 
 def results_of(graph: fx.Graph) -> Any:
@@ -167,7 +173,7 @@ def _runs(captured: Captured, before: Before) -> Iterator[Violation]:
 
 def _signature_kept(captured: Captured, before: Before) -> Iterator[Violation]:
     graph = captured.module.graph
-    inputs = tuple(str(node.target) for node in graph.nodes if node.op == "placeholder")
+    inputs = inputs_of(graph)
     if inputs != before.inputs:
         yield Violation("", f"the inputs were {', '.join(before.inputs)} and are {', '.join(inputs) or 'none'}")
     results = results_of(graph)

@@ -95,7 +95,9 @@ class Binder:
         if action.selector is not None and not kept:
             return None
         selection = action.selector.span.text if action.selector is not None else ""
-        return Site(kept, action.what, action.span, phase.name, selection, window=phase.window)
+        teachers = self.captured.teachers
+        teacher = teachers.of(action.teacher) if teachers is not None and action.teacher is not None else None
+        return Site(kept, action.what, action.span, phase.name, selection, window=phase.window, teacher=teacher)
 
     def _nodes(self, action: Action, optional: bool) -> tuple[fx.Node, ...] | None:
         selector = action.selector
@@ -134,10 +136,11 @@ class Binder:
         other = copy(self)
         other.captured, other.sink, other.raises, other._selecting = captured, Sink(), False, None
         other.broken, other.fates = set(self.broken), dict(self.fates)
-        other._follow()
+        other.follow()
         return other
 
-    def _follow(self) -> None:
+    def follow(self) -> None:
+        """Bind every `let` to what its nodes have become, after a rewrite."""
         self.lets = {name: Bound(self.captured.nodes_named(names), self.policy.lets[name])
                      for name, names in self.names.items()}
         self._selecting = None
@@ -151,5 +154,5 @@ class Binder:
         where = f"`{step.action.verb} {site.selection}`, {step.action.span}"
         self.fates.update({name: where for name in before - now
                            if not self.captured.nodes_named([name])})
-        self._follow()
+        self.follow()
         return outcome

@@ -1,0 +1,118 @@
+"""Stages that student and teacher both compute from the very same frozen tensors: found, so that one does.
+
+Two nodes are one stage where they do the same to the same: the same operator with the same settings, on inputs that are
+shared already (the models' inputs are), with parameters that are the same tensors in both models and aren't trained. An
+operator that acts otherwise in training (batch norm, dropout) ends the stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxcompress.graph.captured import Captured
+from fxcompress.graph.modules import leaf_of
+from fxcompress.graph.ops import arguments, kind_of, module_of, op_of
+from fxcompress.graph.tree import named_tensors
+from fxcompress.graph.verify import signature
+
+_BY_MODE = ("batchnorm", "instancenorm", "dropout", "alpha_dropout", "feature_alpha_dropout", "stochastic_depth",
+            "rrelu", "lstm", "gru", "rnn", "multihead_attention", "rand", "bernoulli", "normal", "uniform",
+            "embedding_bag")
+
+
+def shared_nodes(teacher: Captured, student: Captured, same: Mapping[str, str],
+                 inputs: Mapping[fx.Node, fx.Node]) -> dict[fx.Node, fx.Node]:
+    """The teacher's nodes that a node of the student stands for, beginning with `inputs`; `same` names the student's
+    tensors that are the teacher's."""
+    tensors = _Tensors(teacher, student, same)
+    found = dict(inputs)
+    for node in teacher.graph.nodes:
+        if node.op == "get_attr":
+            other = next((other for other in student.graph.nodes if other.op == "get_attr"
+                          and tensors.are_one(str(node.target), str(other.target))), None)
+            if other is not None:
+                found[node] = other
+        elif node.op in ("call_module", "call_function") and node.all_input_nodes:
+            first = found.get(node.all_input_nodes[0])
+            other = next((user for user in first.users if _alike(node, user, found, tensors)), None) if first else None
+            if other is not None:
+                found[node] = other
+    return found
+
+
+class _Tensors:
+    """Which tensors of both models are one, and stay as they are."""
+
+    def __init__(self, teacher: Captured, student: Captured, same: Mapping[str, str]) -> None:
+        self.mine, self.theirs = named_tensors(student.module).all, named_tensors(teacher.module).all
+        self.same = same
+        self.concrete = student.concrete and teacher.concrete
+
+    def are_one(self, theirs: str, mine: str) -> bool:
+        """Whether the teacher's tensor `theirs` is the student's `mine`, which isn't trained."""
+        one, other = self.mine.get(mine), self.theirs.get(theirs)
+        if self.same.get(mine) != theirs or one is None or other is None or one.shape != other.shape:
+            return False
+        if isinstance(one, nn.Parameter) and one.requires_grad:
+            return False
+        return not self.concrete or torch.equal(one.to(other.device), other)  # a rewrite may have changed its values
+
+
+def _alike(theirs: fx.Node, mine: fx.Node, found: Mapping[fx.Node, fx.Node], tensors: _Tensors) -> bool:
+    kind = kind_of(theirs)
+    if theirs.op != mine.op or kind != kind_of(mine) or kind.startswith(_BY_MODE):
+        return False
+    if theirs.op == "call_function":
+        one, other = arguments(theirs), arguments(mine)
+        return theirs.target == mine.target and op_of(theirs) is not None and _same_values(one, other, found)
+    one_module, other_module = module_of(theirs), module_of(mine)
+    if leaf_of(type(one_module)) is None or type(one_module) is not type(other_module):
+        return False
+    names = {**one_module._parameters, **one_module._buffers}
+    if names.keys() != {**other_module._parameters, **other_module._buffers}.keys() or one_module._modules:
+        return False
+    held = all((value is None) == (getattr(other_module, name) is None) for name, value in names.items()) and all(
+        tensors.are_one(f"{theirs.target}.{name}", f"{mine.target}.{name}")
+        for name, value in names.items() if value is not None)
+    one, other = ({name: value for name, value in arguments(node).items() if not isinstance(value, Tensor)}
+                  for node in (theirs, mine))
+    return held and _same_values(one, other, found)
+
+
+def _same_values(one: dict[str, Any], other: dict[str, Any], found: Mapping[fx.Node, fx.Node]) -> bool:
+    unknown = object()
+    if any(node not in found for value in one.values() for node in _nodes(value)):
+        return False
+    return repr(fx.map_arg(one, lambda node: found.get(node, unknown))) == repr(other)
+
+
+def _nodes(value: Any) -> list[fx.Node]:
+    met: list[fx.Node] = []
+    fx.map_arg(value, lambda node: met.append(node) or node)
+    return met
+
+
+def stage_of(node: fx.Node) -> list[fx.Node]:
+    """`node` and everything that it is computed from, save for inputs."""
+    met: dict[fx.Node, None] = {}
+    rest = [node]
+    while rest:
+        at = rest.pop()
+        if at not in met and at.op != "placeholder":
+            met[at] = None
+            rest.extend(at.all_input_nodes)
+    return list(met)
+
+
+def mark(student: Captured, node: fx.Node) -> str:
+    """What `node` computes with, as a text that changes when a rewrite changes it."""
+    names = [tensor for name, tensor in named_tensors(student.module).all.items()
+             if name == str(node.target) or name.startswith(f"{node.target}.")] if node.op in (
+                 "get_attr", "call_module") else []
+    sums = [f"{float(tensor.double().sum()):.17g} {float(tensor.double().abs().sum()):.17g}"
+            for tensor in names] if student.concrete else []
+    return f"{signature(node)} {node.args} {dict(node.kwargs)} {sums}"
