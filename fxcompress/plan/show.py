@@ -64,7 +64,8 @@ def headline(step: PlannedStep) -> str:
 
 def summary(step: PlannedStep) -> str:
     """`19 conv2d (+ 1 coupled: conv1), out_channels 64 -> 44 ... 512 -> 360`."""
-    selected = ", ".join(f"{count} {kind}" for kind, count in step.kinds) or "nothing"
+    selected = ", ".join(f"{count} {kind}" for kind, count in step.kinds) or (
+        "" if step.facet == "loss" else "nothing")
     coupled = list(dict.fromkeys(c.path for c in step.changes if c.why.startswith("coupled")))
     names = ", ".join(coupled[:FEW]) + (", ..." if len(coupled) > FEW else "")
     more = f" (+ {len(coupled)} coupled: {names})" if coupled else ""
