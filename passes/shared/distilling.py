@@ -154,8 +154,6 @@ class _Builder:
     def _teacher(self, given: dict[fx.Node, fx.Node]) -> tuple[fx.Node, ...]:
         """The teacher's nodes, copied in under `teacher.`; gives its taps."""
         box, sources = self._child("teacher"), iter(self.prepared.sources)
-        for name, child in self.prepared.module._modules.items():
-            box._modules[name] = child
         nodes: dict[fx.Node, fx.Node] = {}
         for node in self.prepared.graph.nodes:
             if node.op == "placeholder":
@@ -166,6 +164,7 @@ class _Builder:
                 made = nodes[node] = self.graph.node_copy(node, lambda old: nodes[old])
                 if node.op == "call_module":
                     made.target = f"teacher.{node.target}"
+                    _put(box, str(node.target), self.prepared.module.get_submodule(str(node.target)))
         return ()
 
     def _term(self, term: Term, student: fx.Node, teacher: fx.Node | None, targets: fx.Node | None) -> fx.Node:
@@ -214,6 +213,16 @@ class _Builder:
     def _schedule(self, term: Term, what: str, value: object, module: Weight | Temperature) -> None:
         if isinstance(value, Ramp):
             self.scheduled.append(Scheduled(f"{what} of `{term.name}`", value, module.put, percent=False))
+
+
+def _put(box: nn.Module, path: str, module: nn.Module) -> None:
+    """Hang `module` into `box` at `path`, and nothing else that stood around it."""
+    *owners, leaf = path.split(".")
+    for name in owners:
+        if name not in box._modules:
+            box.add_module(name, nn.Module())
+        box = box.get_submodule(name)
+    box._modules[leaf] = module
 
 
 def _ignore_in_ddp(module: fx.GraphModule) -> None:
