@@ -10,6 +10,7 @@ from ..policy import parse_selector
 from ..policy.values import Ramp
 from .calibration import Calibration, missing
 from .captured import Captured
+from .distilled import require_stages
 from .ops import kind_of, path_of
 from .probe import collecting_later
 from .provenance import origins_of, touch
@@ -39,6 +40,7 @@ def carry_out(captured: Captured, pass_: Pass, site: Site) -> Outcome:
         outcome = pass_.rewrite(captured, site)
         _record(captured, pass_, site, outcome, before)
         verify(captured, before, pass_, site)
+        require_stages(captured, pass_.verb, site)
     return outcome
 
 

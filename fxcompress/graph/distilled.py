@@ -10,12 +10,18 @@ operator that gives back what it is given, and whose other arguments it reads.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
+from ..diagnostics import Diagnostic, Label, PlanError
 from ..nn.distillation import Distillation
 from .ops import module_of, path_of
+from .tree import named_tensors
+
+if TYPE_CHECKING:
+    from .captured import Captured
+    from .site import Site
 
 TARGETS, LOSSES = "targets", "losses"
 CONTROLS = {TARGETS: None, LOSSES: False}  # the inputs of a distillation alone, and their defaults
@@ -76,3 +82,42 @@ def detach(module: fx.GraphModule, call: fx.Node) -> None:
     for node in controls:
         if not node.users:
             graph.erase_node(node)
+
+
+def stage_of(node: fx.Node) -> list[fx.Node]:
+    """`node` and everything that it is computed from, save for inputs."""
+    met: dict[fx.Node, None] = {}
+    rest = [node]
+    while rest:
+        at = rest.pop()
+        if at not in met and at.op != "placeholder":
+            met[at] = None
+            rest.extend(at.all_input_nodes)
+    return list(met)
+
+
+def mark(student: Captured, node: fx.Node) -> str:
+    """What `node` computes with, as a text that changes when a rewrite changes it. Sums stand for values, which are
+    unknown in a plan."""
+    held = node.op in ("get_attr", "call_module")
+    tensors = [tensor for name, tensor in named_tensors(student.module).all.items()
+               if held and (name == str(node.target) or name.startswith(f"{node.target}."))]
+    sums = [f"{float(tensor.detach().double().sum()):.17g} {float(tensor.detach().double().abs().sum()):.17g}"
+            for tensor in tensors if student.concrete]
+    return f"{node.op} {node.target} {node.args} {dict(node.kwargs)} {sums}"
+
+
+def require_stages(captured: Captured, verb: str, site: Site) -> None:
+    """Raise PlanError (FXC0356) where `verb` has changed at `site` what a teacher reads in the place of its own."""
+    nodes = {node.name: node for node in captured.graph.nodes}
+    for call in distillations(captured.graph):
+        module = module_of(call)
+        assert isinstance(module, Distillation)
+        for name, was in module.shared.items():
+            if name not in nodes or mark(captured, nodes[name]) != was:
+                raise PlanError([Diagnostic(
+                    "FXC0356", f"`{verb}` changes `{path_of(nodes[name]) if name in nodes else name}`, which the "
+                    "teacher shares while it teaches", Label(site.span) if site.span is not None else None,
+                    notes=("both models have the same frozen tensors there, and compute them once",),
+                    help="leave that layer out of the selection, put the action into a phase that ends before the "
+                         "teaching begins, or say `share = false` in `distill`")])

@@ -17,7 +17,6 @@ from fxcompress.graph.captured import Captured
 from fxcompress.graph.modules import leaf_of
 from fxcompress.graph.ops import arguments, kind_of, module_of, op_of
 from fxcompress.graph.tree import named_tensors
-from fxcompress.graph.verify import signature
 
 _BY_MODE = ("batchnorm", "instancenorm", "dropout", "alpha_dropout", "feature_alpha_dropout", "stochastic_depth",
             "rrelu", "lstm", "gru", "rnn", "multihead_attention", "rand", "bernoulli", "normal", "uniform",
@@ -94,25 +93,3 @@ def _nodes(value: Any) -> list[fx.Node]:
     met: list[fx.Node] = []
     fx.map_arg(value, lambda node: met.append(node) or node)
     return met
-
-
-def stage_of(node: fx.Node) -> list[fx.Node]:
-    """`node` and everything that it is computed from, save for inputs."""
-    met: dict[fx.Node, None] = {}
-    rest = [node]
-    while rest:
-        at = rest.pop()
-        if at not in met and at.op != "placeholder":
-            met[at] = None
-            rest.extend(at.all_input_nodes)
-    return list(met)
-
-
-def mark(student: Captured, node: fx.Node) -> str:
-    """What `node` computes with, as a text that changes when a rewrite changes it."""
-    names = [tensor for name, tensor in named_tensors(student.module).all.items()
-             if name == str(node.target) or name.startswith(f"{node.target}.")] if node.op in (
-                 "get_attr", "call_module") else []
-    sums = [f"{float(tensor.double().sum()):.17g} {float(tensor.double().abs().sum()):.17g}"
-            for tensor in names] if student.concrete else []
-    return f"{signature(node)} {node.args} {dict(node.kwargs)} {sums}"

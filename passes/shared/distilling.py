@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from fxcompress.diagnostics import Diagnostic, Label, PlanError
 from fxcompress.graph.captured import Captured
-from fxcompress.graph.distilled import CONTROLS, append, is_control
+from fxcompress.graph.distilled import CONTROLS, append, is_control, mark, stage_of
 from fxcompress.graph.distilled import detach as detach_node
 from fxcompress.graph.ops import call as canonical
 from fxcompress.graph.ops import path_of
@@ -23,7 +23,6 @@ from fxcompress.nn.adapters import Adapter
 from fxcompress.nn.distillation import Distillation, Weight
 from fxcompress.nn.temperature import AdaptiveTemperature, LearnedTemperature, Temperature
 from fxcompress.passes.shared.distill_adapting import show
-from fxcompress.passes.shared.distill_sharing import mark, stage_of
 from fxcompress.passes.shared.distill_teacher import Prepared, prepare, prepare_whole
 from fxcompress.passes.shared.distill_terms import Term, terms_of
 from fxcompress.policy.values import Call, Ramp
