@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_map
 
 from ..diagnostics import Diagnostic, PlanError
+from .distilled import is_control
 from .captured import Captured
 from .facts import shapes
 from .interpret import evaluating, values_of

@@ -326,8 +326,8 @@ def sole_consumer(node: fx.Node) -> fx.Node | None:
 
 
 def consumers(node: fx.Node) -> list[fx.Node]:
-    """The nodes that read `node`'s value, not only its size."""
-    return [user for user in node.users if kind_of(user) not in SIZE_KINDS]
+    """The nodes that read `node`'s value, not only its size; what a teacher is compared with doesn't count."""
+    return [user for user in node.users if kind_of(user) not in SIZE_KINDS and kind_of(user) != "distillation"]
 
 
 def prefixes_of(path: str) -> list[str]:
