@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from fxcompress.passes.shared.criteria import register_criterion as register_criterion
     from fxcompress.passes.shared.scores import register_score as register_score
 
-_FILES = {"Distill": "distill", "pair": "distill", "Mask": "mask", "Quantize": "quantize", "Remove": "remove", "register_criterion": "shared.criteria",
-          "register_score": "shared.scores"}
+_FILES = {"Distill": "distill", "pair": "distill", "Mask": "mask", "Quantize": "quantize", "Remove": "remove",
+          "register_criterion": "shared.criteria", "register_score": "shared.scores"}
 
 __all__ = ["Distill", "Mask", "Quantize", "Remove", "pair", "register_criterion", "register_score"]
 

@@ -84,8 +84,8 @@ def test_terms_are_those_of_the_two_models() -> None:
         features = student.body(F.relu(student.bn(student.conv(x)))), teacher.body(teacher.stem(x))
         adapter = module.get_submodule("distill.fused.adapters.body_mse")
         expected = [kl, F.cross_entropy(s, y), F.mse_loss(adapter(features[0]), features[1])]
-    assert [number(value) for value in found.terms.values()] == pytest.approx([number(value) for value in expected], rel=1e-4)
-    assert number(found.total) == pytest.approx(0.9 * number(kl) + 0.1 * number(expected[1]) + number(expected[2]), rel=1e-4)
+    torch.testing.assert_close(list(found.terms.values()), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.total, 0.9 * kl + 0.1 * expected[1] + expected[2])
     assert result.weights == pytest.approx({"output_kl": 0.9, "output_cross_entropy": 0.1, "body_mse": 1.0})
     assert result.temperatures == {"output_kl": 4.0}
 
@@ -306,7 +306,6 @@ def test_loose_parameters_are_frozen_too() -> None:
     torch.manual_seed(0)
     student, teacher, x = nn.Linear(6, 3), Loose(), torch.randn(4, 6)
     module = fxcompress.compile(policy('pair output <- output { loss = mse }'), student, x, teacher=teacher).module
-    assert set(dict(module.named_parameters())) == {"weight", "bias"} or len(list(module.parameters())) == 2
     assert [key for key in module.state_dict() if "teacher" in key] == []
     for way in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert number(way(x, losses=True).total) == pytest.approx(number(F.mse_loss(student(x), teacher(x))), rel=1e-5)
@@ -355,7 +354,8 @@ def test_a_teacher_that_cant_be_captured_is_one_frozen_module() -> None:
     student, _, x, _ = models()
     teacher = Wilful().eval()
     text = policy('pair output <- output { loss = mse }')
-    assert any("can't be captured" in note for note in fxcompress.plan(text, student, x, teacher=teacher).steps[0].notes)
+    [step] = fxcompress.plan(text, student, x, teacher=teacher).steps
+    assert any("can't be captured" in note for note in step.notes)
     result = fxcompress.compile(text, student, x, teacher=teacher)
     module = result.module.train()
     stats = teacher.norm.running_mean.clone()  # type: ignore[union-attr]

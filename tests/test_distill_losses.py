@@ -170,8 +170,8 @@ def test_nst() -> None:
     s, t = draw(N, 3, 4, 4)
     t = torch.cat((t, t.flip(2)), 1)
     total = 0.0
-    for a, b in zip(s.flatten(2), t.flatten(2), strict=True):
-        a, b = (torch.stack([row / row.norm() for row in rows]) for rows in (a, b))
+    for mine, theirs in zip(s.flatten(2), t.flatten(2), strict=True):
+        a, b = (torch.stack([row / row.norm() for row in rows]) for rows in (mine, theirs))
 
         def mean(one: Tensor, other: Tensor) -> float:
             return sum(float(x @ y) ** 2 for x in one for y in other) / (len(one) * len(other))

@@ -144,8 +144,8 @@ class Executor:
         names = self._names()
         taught = set(distillations(self.captured.graph))
         outcome = self.binder.carry_out(step, site)
-        self._teaching.update({step.number: node.name for node in distillations(self.captured.graph)
-                               if node not in taught})
+        self._teaching.update((step.number, node.name) for node in distillations(self.captured.graph)
+                              if node not in taught)
         if past is not None and add_missing(self.captured.module, past.added):
             self.captured.refresh()
         kept = {name: outcome.resized[tensor] for name, tensor in {**names, **self._names()}.items()

@@ -20,8 +20,9 @@ from ..graph.tree import named_tensors
 
 @dataclass(frozen=True)
 class Entry:
-    """One rewrite: by the step `step` of the plan, as its phase began (`value` is None) or as its number came to
-    `value`, or as its phase ended (`ended`); what stayed of each tensor that was cut, by name; the shapes of the parameters that came in; the share that
+    """One rewrite: by the step `step` of the plan, as its phase began (`value` is None), as its number came to `value`,
+    or as its phase ended; what stayed of each tensor that was cut, by name; the shapes of the parameters that came in;
+    the share that
     was solved for the step, None where none was."""
 
     step: int
@@ -47,7 +48,8 @@ class Entry:
 
     def same(self, other: Entry) -> bool:
         """Whether both did the same."""
-        return (self.step, self.value, self.ended) == (other.step, other.value, other.ended) and same_cuts(self.kept, other.kept)
+        mine, theirs = ((entry.step, entry.value, entry.ended) for entry in (self, other))
+        return mine == theirs and same_cuts(self.kept, other.kept)
 
 
 def same_cuts(one: Mapping[str, Cuts], other: Mapping[str, Cuts]) -> bool:

@@ -19,8 +19,8 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_map
 
 from ..diagnostics import Diagnostic, PlanError
-from .distilled import is_control
 from .captured import Captured
+from .distilled import is_control
 from .facts import shapes
 from .interpret import evaluating, values_of
 from .propagate import device_of

@@ -75,7 +75,7 @@ def detach(module: fx.GraphModule, call: fx.Node) -> None:
     graph, given = module.graph, call.args[0]
     controls = [node for node in graph.nodes if is_control(node)]
     for user in list(call.users):
-        user.args, user.kwargs = fx.node.map_arg(  # type: ignore[assignment]
+        user.args, user.kwargs = fx.node.map_arg(
             (user.args, user.kwargs), lambda node: given if node is call else node)
     graph.erase_node(call)
     module.delete_submodule(path_of(call))

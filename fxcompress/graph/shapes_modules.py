@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from . import shapes
 from ..nn.distillation import Distillation
+from . import shapes
 from .modules import keeps_forward, leaf_of
 from .shapes import like, new
 

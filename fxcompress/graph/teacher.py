@@ -14,7 +14,7 @@ from ..diagnostics import CaptureError, Diagnostic, PlanError
 from ..nn.frozen import FrozenTeacher
 from ..policy.values import Unset
 from ..policy.words import ORIGINAL
-from .capture import as_example, bind_inputs, capture
+from .capture import as_example, bind_inputs, capture_example
 from .captured import Captured
 from .interpret import evaluating
 from .propagate import device_of
@@ -85,7 +85,7 @@ class Teachers:
                            f"give a torch.nn.Module, or the text `{ORIGINAL}` for the model before it is rewritten")
         try:
             with evaluating(given):
-                captured = capture(given, self.student.example)
+                captured = capture_example(given, self.student.example)
         except CaptureError as error:
             first = error.diagnostics[0]
             if first.code != NO_CAPTURE:

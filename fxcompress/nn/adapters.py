@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 _CONVS: dict[int, type[nn.Conv2d | nn.Conv3d]] = {4: nn.Conv2d, 5: nn.Conv3d}
-_POOLS = {4: F.adaptive_avg_pool2d, 5: F.adaptive_avg_pool3d}
+_POOLS: dict[int, Callable[..., Tensor]] = {4: F.adaptive_avg_pool2d, 5: F.adaptive_avg_pool3d}
 _MODES = {4: "bilinear", 5: "trilinear"}
 
 

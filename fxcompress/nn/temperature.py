@@ -36,8 +36,8 @@ class AdaptiveTemperature(Temperature):
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """T, 0-dim."""
-        with_half = student.detach().float() - teacher.detach().float()
-        found = (torch.linalg.vector_norm(with_half) / student.numel()).clamp_min(self.FLOOR)
+        apart = student.detach().float() - teacher.detach().float()
+        found: Tensor = (torch.linalg.vector_norm(apart) / student.numel()).clamp_min(self.FLOOR)
         self.value.copy_(found)
         return found
 

@@ -46,8 +46,8 @@ def plan(policy: Policy | str | Path, model: nn.Module | Captured, example_input
     on weights; a model on the `meta` device will do.
 
     `policy` is a checked policy, a text or a path; `example_inputs` (a tensor, a tuple, or a dict for keyword inputs)
-    is needed unless `model` was captured before; `teacher` is the model that its actions learn from. Raises PolicyError, CaptureError and PlanError with all diagnostics of
-    the first level where something is wrong.
+    is needed unless `model` was captured before; `teacher` is the model that its actions learn from. Raises
+    PolicyError, CaptureError and PlanError with all diagnostics of the first level where something is wrong.
     """
     checked = read_policy(policy, params, teacher)
     captured = model if isinstance(model, Captured) else capture(model, example_inputs)

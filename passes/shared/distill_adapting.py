@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -87,7 +87,8 @@ def _between(student: Shape, teacher: Shape, maps: bool) -> Plan | str:
         if len(student) not in _IMAGES:
             return f"sequences of {student[1]} and of {teacher[1]} places are not alike"
         larger = all(a >= b for a, b in zip(places(student), places(teacher), strict=True))
-        return Plan(len(student), mapped, **{"pool" if larger else "interpolate": places(teacher)})  # type: ignore[arg-type]
+        fitted = Plan(len(student), mapped)
+        return replace(fitted, pool=places(teacher)) if larger else replace(fitted, interpolate=places(teacher))
     if len(student) in _IMAGES and len(teacher) == 2 and maps:
         return Plan(len(student), mapped, pool=())
     return f"a value of {len(student)} dimensions can't be brought to {len(teacher)}"

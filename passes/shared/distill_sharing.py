@@ -83,13 +83,17 @@ def _alike(theirs: fx.Node, mine: fx.Node, found: Mapping[fx.Node, fx.Node], ten
 
 
 def _same_values(one: dict[str, Any], other: dict[str, Any], found: Mapping[fx.Node, fx.Node]) -> bool:
-    unknown = object()
     if any(node not in found for value in one.values() for node in _nodes(value)):
         return False
-    return repr(fx.map_arg(one, lambda node: found.get(node, unknown))) == repr(other)
+    return repr(fx.map_arg(one, lambda node: found[node])) == repr(other)
 
 
 def _nodes(value: Any) -> list[fx.Node]:
     met: list[fx.Node] = []
-    fx.map_arg(value, lambda node: met.append(node) or node)
+
+    def meet(node: fx.Node) -> fx.Node:
+        met.append(node)
+        return node
+
+    fx.map_arg(value, meet)
     return met

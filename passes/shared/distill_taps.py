@@ -32,7 +32,7 @@ def find(captured: Captured, end: str) -> fx.Node | Missed:
         return _of_result(result_of(captured.graph), end)
     nodes = _computed(captured.graph)
     for node in nodes:
-        if node.name == end and not path_of(node) == end:
+        if node.name == end and path_of(node) != end:
             return node
     inside = [node for node in nodes if path_of(node) == end or path_of(node).startswith(f"{end}.")]
     leaving = [node for node in inside if any(user not in inside for user in node.users)]
@@ -70,8 +70,8 @@ def _of_result(result: Any, end: str) -> fx.Node | Missed:
     if isinstance(result, fx.Node):
         return result
     parts = {key: value for key, value in _parts(result).items() if isinstance(value, fx.Node)}
-    usual = [parts[key] for key in USUAL if key in parts] or (list(parts.values()) if len(parts) == 1 else [])
-    if usual:
+    usual: list[fx.Node] = [parts[key] for key in USUAL if key in parts] or list(parts.values())
+    if len(parts) == 1 or any(key in parts for key in USUAL):
         return usual[0]
     return Missed("the model gives several values", f"say which: {quoted(f'{end}.{key}' for key in parts)}")
 

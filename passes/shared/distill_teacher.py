@@ -92,7 +92,7 @@ def _cut_notes(captured: Captured, whole: Any, before: dict[str, fx.Node]) -> li
     """What of the teacher isn't computed."""
     kept = {node.name for node in captured.graph.nodes}
     gone = [str(node.target) for name, node in before.items() if name not in kept and node.op == "call_module"
-            and getattr(node.meta.get("fxc"), "params", 0)]
+            and node.meta["fxc"].params]
     left = captured.facts
     if not gone:
         return []
@@ -105,7 +105,8 @@ def _take_over(captured: Captured, student: Captured, found: dict[fx.Node, fx.No
                ) -> tuple[list[fx.Node], list[fx.Node]]:
     """Let the student's nodes stand in: each stage that is read from outside becomes an input, and so does each tap;
     every input's edge is detached."""
-    graph, extra = captured.graph, {}
+    graph = captured.graph
+    extra: dict[str, Tensor] = {}
     sources = list(inputs.values())
     frontier = [node for node in found if node.op not in ("placeholder", "get_attr")
                 and any(user not in found for user in node.users)]
@@ -164,7 +165,7 @@ def prepare_whole(teacher: Teacher, parts: Sequence[tuple[str, ...]], student: C
     mine = [node for node in student.graph.nodes if node.op == "placeholder" and not is_control(node)]
     given = [graph.placeholder(f"input_{place}") for place in range(len(mine))]
     count = len(student.example.args)
-    kwargs = dict(zip(student.example.kwargs, given[count:], strict=True))
+    kwargs: dict[str, Any] = dict(zip(student.example.kwargs, given[count:], strict=True))
     result = graph.call_module("whole", tuple(given[:count]), kwargs)
     taps = []
     for keys in parts:

@@ -97,15 +97,10 @@ def terms_of(settings: Distill, captured: Captured, site: Site) -> list[Term]:
 
 def _term(pair: Pair, captured: Captured, teacher: Teacher | None) -> Term | Diagnostic:
     loss: type[Loss] = LOSSES[str(pair.values["loss"])]
-    wrong = _settings_problem(pair, loss)
-    if wrong is not None:
-        return wrong
-    student = find(captured, pair.student)
-    if isinstance(student, Missed):
-        return _missed(pair, student, "student")
-    shape = _tensor_shape(student)
-    if shape is None:
-        return _missed(pair, Missed(f"`{pair.student}` is no tensor of floats", "name a layer that gives one"), "student")
+    mine = _settings_problem(pair, loss) or _found(pair, captured, "student")
+    if isinstance(mine, Diagnostic):
+        return mine
+    student, shape = mine
     default = re.sub(r"\W", "_", f"{pair.student}_{pair.values['loss']}")
     name = re.sub(r"\W", "_", str(pair.values.get("name") or default))
     term = Term(name if name.isidentifier() else f"_{name}", pair, loss, student, shape, None, (), Plan(len(shape)))
@@ -138,19 +133,20 @@ def _in_teacher(pair: Pair, teacher: Teacher) -> tuple[str | tuple[str, ...], Sh
         if isinstance(part, str):
             return _missed(pair, Missed(part, "name a part of the result"), "teacher")
         return part[0], tuple(part[1].shape)
-    found = find(teacher.captured, pair.teacher)
+    found = _found(pair, teacher.captured, "teacher")
+    return found if isinstance(found, Diagnostic) else (found[0].name, found[1])
+
+
+def _found(pair: Pair, captured: Captured, whose: str) -> tuple[fx.Node, Shape] | Diagnostic:
+    """The node of an end of `pair`, and its shape."""
+    end = pair.student if whose == "student" else pair.teacher
+    found = find(captured, end)
     if isinstance(found, Missed):
-        return _missed(pair, found, "teacher")
-    shape = _tensor_shape(found)
-    if shape is None:
-        return _missed(pair, Missed(f"`{pair.teacher}` is no tensor of floats", "name a layer that gives one"), "teacher")
-    return found.name, shape
-
-
-def _tensor_shape(node: fx.Node) -> Shape | None:
-    fact = node.meta["fxc"]
-    is_float = isinstance(fact.dtype, torch.dtype) and fact.dtype.is_floating_point
-    return tuple(fact.shape) if is_float and isinstance(fact.shape, tuple) else None
+        return _missed(pair, found, whose)
+    fact = found.meta["fxc"]
+    if not (isinstance(fact.dtype, torch.dtype) and fact.dtype.is_floating_point and isinstance(fact.shape, tuple)):
+        return _missed(pair, Missed(f"`{end}` is no tensor of floats", "name a layer that gives one"), whose)
+    return found, tuple(fact.shape)
 
 
 def _missed(pair: Pair, missed: Missed, whose: str) -> Diagnostic:
@@ -167,8 +163,8 @@ def _settings_problem(pair: Pair, loss: type[Loss]) -> Diagnostic | None:
         return Diagnostic("FXC0352", what, Label(pair.span), help=help)
 
     if (pair.teacher == TARGETS) == loss.teacher:
-        return wrong(f"{name} compares with {'a teacher, not with labels' if loss.teacher else 'labels, not a teacher'}",
-                     f"write `pair {pair.student} <- "
+        other = "a teacher, not with labels" if loss.teacher else "labels, not with a teacher"
+        return wrong(f"{name} compares with {other}", f"write `pair {pair.student} <- "
                      f"{'output' if loss.teacher else TARGETS} {{ loss = {pair.values['loss']} }}`")
     for key, means in (("temperature", loss.soft), ("label_smoothing", loss.smooths), ("alpha", loss.parts),
                        ("beta", len(loss.parts) > 1), ("adapt", loss.teacher)):

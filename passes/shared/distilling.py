@@ -1,4 +1,4 @@
-"""The rewrite of `distill`: teacher, adapters, terms and their weights become one module behind the student's result."""
+"""The rewrite of `distill`: teacher, adapters and weighted terms become one module behind the student's result."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def distill(settings: Distill, captured: Captured, site: Site) -> Outcome:
     prepared = _prepared(settings, terms, captured, site)
     builder = _Builder(captured, prepared, site.seed)
     distillation = builder.build(terms)
-    name = next(name for name in (f"distill{n and f'_{n}' or ''}" for n in range(1000))
+    name = next(name for name in (f"distill{(n and f'_{n}') or ''}" for n in range(1000))
                 if name not in captured.module._modules)
     node = append(captured.module, name, distillation, tuple(builder.sources))
     touch(node, settings, site, f"terms {', '.join(term.name for term in terms)}")
@@ -48,7 +48,7 @@ def distill(settings: Distill, captured: Captured, site: Site) -> Outcome:
     captured.refresh()
     changes = tuple(Change(path_of(term.student) or term.student.name, term.student.meta["fxc"].kind, "loss", "none",
                            term.name, "selected") for term in terms)
-    return Outcome(changes, tuple([*map(_note, terms), *prepared.notes]), scheduled=tuple(builder.scheduled))
+    return Outcome(changes, (*map(_note, terms), *prepared.notes), scheduled=tuple(builder.scheduled))
 
 
 def remove_distillation(captured: Captured, call: fx.Node) -> list[fx.Node]:
@@ -81,8 +81,8 @@ def _prepared(settings: Distill, terms: Sequence[Term], captured: Captured, site
 def _note(term: Term) -> str:
     """A term, as the plan shows it."""
     parts = [f"`{term.name}`: {term.pair.values['loss']} of `{term.pair.student}` {show(term.student_shape)}"]
-    parts[0] += f" and the teacher's `{term.pair.teacher}` {show(term.teacher_shape)}" if term.teacher is not None else (
-        " and the labels")
+    other = f"the teacher's `{term.pair.teacher}` {show(term.teacher_shape)}"
+    parts[0] += f" and {other if term.teacher is not None else 'the labels'}"
     parts.append(f"weight {_shown(term.value('weight'))}")
     if term.loss.soft:
         temperature = term.value("temperature")
@@ -174,8 +174,10 @@ class _Builder:
         if term.loss.soft:
             temperature = self._call("temperatures", term.name, self._temperature(term), student, teacher)
         settings = {key: term.value(key) for key in ("alpha", "beta")}
-        loss = term.loss(**settings, **({"label_smoothing": term.value("label_smoothing")} if term.loss.smooths else {}))
-        made = self._call("losses", term.name, loss, student, teacher, temperature, targets if term.loss.labels else None)
+        if term.loss.smooths:
+            settings["label_smoothing"] = term.value("label_smoothing")
+        labels = targets if term.loss.labels else None
+        made = self._call("losses", term.name, term.loss(**settings), student, teacher, temperature, labels)
         made.name = term.name
         return made
 

@@ -46,8 +46,8 @@ class Attention(Loss):
 
     def forward(self, student: Tensor, teacher: Tensor, temperature: Tensor, targets: Tensor) -> Tensor:
         """The term."""
-        apart = _attention(student) - _attention(teacher)
-        return torch.linalg.vector_norm(apart, dim=1).mean() / 2
+        apart: Tensor = torch.linalg.vector_norm(_attention(student) - _attention(teacher), dim=1)
+        return apart.mean() / 2
 
 
 def _attention(value: Tensor) -> Tensor:
