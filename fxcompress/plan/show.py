@@ -48,7 +48,8 @@ def _aligned(steps: list[PlannedStep], verbose: bool) -> list[str]:
             lines.append(f"      left to an override: {', '.join(step.left)}")
         if verbose:
             lines += [f"      {row}" for row in _columns([_row(change) for change in step.changes])]
-        shown = step.notes if verbose or len(step.notes) <= FEW else step.notes[: FEW - 1]
+        every = verbose or len(step.notes) <= FEW or step.facet == "loss"  # these say what is done, term by term
+        shown = step.notes if every else step.notes[: FEW - 1]
         lines += [f"      note: {note}" for note in shown]
         if len(shown) < len(step.notes):
             lines.append(f"      ({len(step.notes) - len(shown)} more notes in the verbose plan)")
