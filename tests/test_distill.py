@@ -381,6 +381,29 @@ def test_a_teacher_captured_by_export() -> None:
     torch.testing.assert_close(by_export.total, by_fx.total)
 
 
+class BySize(Teacher):
+    """Takes another way for large batches, which only `torch.export` records."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.shape[0] <= 8 else super().forward(x) * 2
+
+
+def test_a_teacher_that_only_export_captures() -> None:
+    student, _, x, _ = models()
+    teacher = BySize().eval()
+    assert fxcompress.capture(teacher, x).way == "export"
+    text = policy(ALL[2], 'pair output <- output { loss = mse }')
+    assert any("batch sizes of" in note for note in fxcompress.plan(text, student, x, teacher=teacher).steps[0].notes)
+    module = fxcompress.compile(text, student, x, teacher=teacher).module.eval()
+    found, t = module(x, losses=True), teacher.body(teacher.stem(x))
+    adapter = module.get_submodule("distill.fused.adapters.body_mse")
+    s = student.eval().body(F.relu(student.bn(student.conv(x))))
+    torch.testing.assert_close(found.terms["body_mse"], F.mse_loss(adapter(s), t))
+    torch.testing.assert_close(found.terms["output_mse"], F.mse_loss(student(x), teacher(x)))
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x, losses=True).total, found.total)
+
+
 def test_recurrent_models() -> None:
     class Net(nn.Module):
         def __init__(self, width: int) -> None:

@@ -46,6 +46,8 @@ class Plan:
 def adapter_for(student: Shape, teacher: Shape, loss: type[Loss], adapt: str) -> Plan | str:
     """The adapter, or why there is none. `adapt` is `auto` or the one that the policy asks for."""
     plain = Plan(len(student))
+    if loss.fits == "places" and min(len(student), len(teacher)) < 3:
+        return "it compares maps, and these have no places"
     if adapt == "none" or (adapt == "auto" and loss.fits in ("logits", "batch")):
         return plain if fits(student, teacher, loss) else _unlike(student, teacher, loss)
     found = _between(student, teacher, loss.fits != "places" or adapt in ("conv1x1", "linear"))

@@ -43,6 +43,23 @@ def shared_nodes(teacher: Captured, student: Captured, same: Mapping[str, str],
     return found
 
 
+def frontier_of(found: Mapping[fx.Node, fx.Node]) -> list[fx.Node]:
+    """Of the shared nodes `found` those whose values others read. Only what is computed with parameters is worth it,
+    and only tensors are handed over: where a stage ends in something else (the parts of a split), it ends before."""
+    worth: set[fx.Node] = set()
+    for node in found:
+        own = node.op == "get_attr" or (node.op == "call_module" and bool(
+            [*module_of(node).parameters(), *module_of(node).buffers()]))
+        if own or any(source in worth for source in node.all_input_nodes):
+            worth.add(node)
+    while True:
+        ends = [node for node in worth if node.op != "get_attr" and any(user not in worth for user in node.users)]
+        odd = [node for node in ends if not isinstance(getattr(node.meta.get("fxc"), "dtype", None), torch.dtype)]
+        if not odd:
+            return [node for node in found if node in ends]
+        worth.difference_update(odd)
+
+
 class _Tensors:
     """Which tensors of both models are one, and stay as they are."""
 

@@ -18,7 +18,7 @@ from fxcompress.graph.propagate import device_of, drop_dead
 from fxcompress.graph.teacher import Teacher
 from fxcompress.graph.tree import named_tensors
 from fxcompress.nn.frozen import Constant, Frozen, freeze
-from fxcompress.passes.shared.distill_sharing import shared_nodes
+from fxcompress.passes.shared.distill_sharing import frontier_of, shared_nodes
 from fxcompress.passes.shared.fold_norms import fold
 from fxcompress.passes.shared.inference import bake_evaluation
 from fxcompress.passes.shared.weights import absorb
@@ -55,7 +55,10 @@ def prepare(teacher: Teacher, taps: Sequence[str], student: Captured, share: boo
     end.args = (tuple(nodes[name] for name in taps),)
     bake_evaluation(captured)
     captured.refresh()
-    notes = _cut_notes(captured, whole, nodes)
+    notes = [f"of the teacher: {note}" for note in captured.notes if teacher.captured is not student]
+    if captured.fixed_batch and not student.fixed_batch:
+        notes.append(f"the teacher only takes batches of {captured.example.batch}: {captured.fixed_batch}")
+    notes += _cut_notes(captured, whole, nodes)
     found = shared_nodes(captured, student, teacher.same, inputs) if share else dict(inputs)
     sources, shared = _take_over(captured, student, found, inputs)
     captured.refresh()
@@ -108,8 +111,7 @@ def _take_over(captured: Captured, student: Captured, found: dict[fx.Node, fx.No
     graph = captured.graph
     extra: dict[str, Tensor] = {}
     sources = list(inputs.values())
-    frontier = [node for node in found if node.op not in ("placeholder", "get_attr")
-                and any(user not in found for user in node.users)]
+    frontier = frontier_of(found)
     last = [node for node in graph.nodes if node.op == "placeholder"][-1:]
     for node in frontier:
         with graph.inserting_after(last[-1]) if last else graph.inserting_before(next(iter(graph.nodes))):
