@@ -272,6 +272,18 @@ def test_half_precision_does_not_overflow() -> None:
     assert bool(losses.KL()(s, t, torch.tensor(0.1), None).isfinite())  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("name", LOSSES.names())
+def test_terms_are_of_single_precision_where_models_are_autocast(name: str) -> None:
+    s, t = (value.float() for value in draw(N, 3, 4, 4)) if name in ("attention", "nst") else (
+        value.float() for value in draw(N, C))
+    loss, targets, temperature = LOSSES[name](), torch.arange(N) % C, torch.tensor(2.0)
+    expected = loss(s, t, temperature, targets)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = loss(s, t, temperature, targets)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected)
+
+
 def test_temperatures() -> None:
     s, t = draw(N, C)
     constant = Temperature(4.0)

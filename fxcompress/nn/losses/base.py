@@ -57,6 +57,11 @@ def whole(value: Tensor) -> Tensor:
     return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
 
+def exactly(value: Tensor) -> torch.autocast:
+    """While it lasts autocasting is off where `value` lies: products of single precision are of single precision."""
+    return torch.autocast(value.device.type, enabled=False)
+
+
 def rows(value: Tensor) -> Tensor:
     """`value` as (rows, features), in at least single precision. Features are the last dimension of [N, C] and of
     sequences [N, T, C], and dimension 1 of images [N, C, H, W]; every place is a row."""

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Fit, Loss, rows, samples, whole
+from .base import Fit, Loss, exactly, rows, samples, whole
 
 
 class MSE(Loss):
@@ -65,7 +65,8 @@ class NST(Loss):
     def forward(self, student: Tensor, teacher: Tensor, temperature: Tensor, targets: Tensor) -> Tensor:
         """The term."""
         s, t = _maps(student), _maps(teacher)
-        return _kernel(t, t) + _kernel(s, s) - 2 * _kernel(s, t)
+        with exactly(s):
+            return _kernel(t, t) + _kernel(s, s) - 2 * _kernel(s, t)
 
 
 def _maps(value: Tensor) -> Tensor:

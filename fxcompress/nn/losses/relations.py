@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Fit, Loss, samples
+from .base import Fit, Loss, exactly, samples
 
 
 class Similarity(Loss):
@@ -24,7 +24,8 @@ class Similarity(Loss):
 
 def _similarities(value: Tensor) -> Tensor:
     flat = samples(value)
-    return F.normalize(flat @ flat.T, dim=1)
+    with exactly(flat):
+        return F.normalize(flat @ flat.T, dim=1)
 
 
 class Relation(Loss):
@@ -49,7 +50,8 @@ class Relation(Loss):
 def _distances(flat: Tensor) -> tuple[Tensor, Tensor]:
     """The distance of every two samples, and the products of the samples about their mean."""
     flat = flat - flat.mean(0)  # leaves distances as they are, and makes what is subtracted below small
-    products = flat @ flat.T
+    with exactly(flat):
+        products = flat @ flat.T
     norms = products.diagonal()
     same = torch.eye(len(flat), dtype=torch.bool, device=flat.device)
     squares = (norms[:, None] + norms - 2 * products).clamp_min(0.0).masked_fill(same, 0.0)
