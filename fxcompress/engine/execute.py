@@ -63,6 +63,7 @@ class Executor:
                 outcome = self._carry_out(turn, site, None, past)
                 moving.extend((turn, scheduled) for scheduled in self._scheduled(turn, site, outcome))
         self.to_come.discard(phase.name)
+        self._forget_teachers()
         if not self.to_come and not is_quantized(self.captured):  # `finalize` measures quantized layers on them
             self.calibration = None  # what still runs on the data holds them itself, in its site
         return moving
@@ -115,7 +116,13 @@ class Executor:
             self.log.append(Entry(step.number, None, {}, {}, ended=True))
             done.append(step.number)
         self.binder.follow()
+        self._forget_teachers()
         return done
+
+    def _forget_teachers(self) -> None:
+        """Let go of the models to learn from once no phase is to come that does."""
+        if not any(step.action.teacher for step in self.steps if step.phase.name in self.to_come):
+            self.captured.teachers = None
 
     def repeat(self, entry: Entry) -> None:
         """Do again what a checkpoint says was done as a number moved, or as a phase ended. Raises PlanError (FXC0528).

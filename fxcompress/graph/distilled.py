@@ -10,20 +10,23 @@ operator that gives back what it is given, and whose other arguments it reads.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
 from ..diagnostics import Diagnostic, Label, PlanError
 from ..nn.distillation import Distillation
-from .ops import module_of, path_of
+from ..nn.frozen import Frozen, FrozenTeacher
+from .ops import kind_of, module_of, path_of
 from .tree import named_tensors
 
 if TYPE_CHECKING:
     from .captured import Captured
     from .site import Site
 
-TARGETS, LOSSES = "targets", "losses"
+TARGETS, LOSSES, TEACHER = "targets", "losses", "teacher."
+FLOAT = "float"  # in `meta` of an input of a `Distillation`: whether a gradient could flow through it
 CONTROLS = {TARGETS: None, LOSSES: False}  # the inputs of a distillation alone, and their defaults
 
 
@@ -82,6 +85,27 @@ def detach(module: fx.GraphModule, call: fx.Node) -> None:
     for node in controls:
         if not node.users:
             graph.erase_node(node)
+
+
+def exposed(module: Distillation) -> Iterator[str]:
+    """Why the teacher of `module` could be trained, saved or reached by a gradient; nothing where it is apart."""
+    graph, saved = module.fused.graph, module.fused.state_dict()
+    yield from (f"the teacher's `{name}` is a parameter" for name, _ in module.fused.named_parameters()
+                if name.startswith(TEACHER))
+    yield from (f"the teacher's `{name}` would be saved" for name in saved if name.startswith(TEACHER))
+    called = {node: module.fused.get_submodule(str(node.target)) for node in graph.nodes
+              if node.op == "call_module" and str(node.target).startswith(TEACHER)}
+    yield from (f"the teacher's `{node.target}` is in training mode" for node, part in called.items()
+                if isinstance(part, Frozen) and any(inner.training for inner in part.modules()))
+    met: set[fx.Node] = set()
+    rest = [node for node, part in called.items() if not isinstance(part, FrozenTeacher)]
+    while rest:
+        node = rest.pop()
+        if node.op == "placeholder" and node.meta.get(FLOAT, True):
+            yield f"`{node.name}` goes into the teacher without a detach"
+        if node not in met and kind_of(node) != "detach":
+            rest.extend(source for source in node.all_input_nodes if source not in met)
+        met.add(node)
 
 
 def stage_of(node: fx.Node) -> list[fx.Node]:

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, fx, nn
 
 from ..diagnostics import Diagnostic, Label, RewriteError
+from ..nn.distillation import Distillation
 from .captured import Captured, Origin
-from .distilled import is_control
+from .distilled import distillations, exposed, is_control
 from .modules import leaf_of
 from .ops import BY_TARGET, kind_of, module_of, path_of, submodule
 from .provenance import origins_of
@@ -248,6 +249,13 @@ def _is_frozen(captured: Captured, name: str) -> bool:
     return bool(getattr(submodule(captured.module, name.rpartition(".")[0]), "fxc_frozen", False))
 
 
+def _teachers(captured: Captured, before: Before) -> Iterator[Violation]:
+    for node in distillations(captured.module.graph):
+        module = module_of(node)
+        assert isinstance(module, Distillation)
+        yield from (Violation(node.name, reason) for reason in exposed(module))
+
+
 INVARIANTS: tuple[Invariant, ...] = (
     Invariant("targets are in the model", "FXC0551", 0, _targets),
     Invariant("the graph lints", "FXC0550", 1, _lint, refreshed=True),
@@ -259,6 +267,7 @@ INVARIANTS: tuple[Invariant, ...] = (
     Invariant("masks fit their parameters", "FXC0555", 3, _masks),
     Invariant("changed nodes have provenance", "FXC0558", 3, _provenance),
     Invariant("parameters stay trainable", "FXC0559", 3, _gradients),
+    Invariant("teachers are apart", "FXC0561", 3, _teachers),
 )
 
 

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from fxcompress.diagnostics import Diagnostic, Label, PlanError
 from fxcompress.graph.captured import Captured
-from fxcompress.graph.distilled import CONTROLS, append, is_control, mark, stage_of
+from fxcompress.graph.distilled import CONTROLS, FLOAT, append, is_control, mark, stage_of
 from fxcompress.graph.distilled import detach as detach_node
 from fxcompress.graph.ops import call as canonical
 from fxcompress.graph.ops import path_of
@@ -128,7 +128,8 @@ class _Builder:
         total = weighted[0]
         for other in weighted[1:]:
             total = canonical(self.graph, "add", total, other)
-        total.name = "total" if len(weighted) > 1 else total.name
+        if len(weighted) > 1:
+            total._rename("total")
         self.graph.output((total, *found))
         self.graph.lint()
         fused = graph_module(self.tree, self.graph, "Fused")
@@ -139,7 +140,10 @@ class _Builder:
 
     def _input(self, node: fx.Node) -> fx.Node:
         self.sources.append(node)
-        return self.graph.placeholder(f"student_{node.name}")
+        made = self.graph.placeholder(f"student_{node.name}")
+        dtype = node.meta["fxc"].dtype
+        made.meta[FLOAT] = isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex)
+        return made
 
     def _child(self, name: str) -> nn.Module:
         if name not in self.tree._modules:
@@ -178,7 +182,7 @@ class _Builder:
             settings["label_smoothing"] = term.value("label_smoothing")
         labels = targets if term.loss.labels else None
         made = self._call("losses", term.name, term.loss(**settings), student, teacher, temperature, labels)
-        made.name = term.name
+        made._rename(term.name)
         return made
 
     @property
