@@ -269,6 +269,22 @@ def test_a_pass_from_python() -> None:
         distill.apply(captured)
 
 
+def test_a_model_that_comes_with_its_teacher() -> None:
+    """Compiled from a captured model that a pass from Python has joined to one; and captured anew from the module."""
+    student, teacher, x, _ = models()
+    distill = Distill(terms=(pair("output", "output", loss="mse"),))
+    joined = distill.apply(fxcompress.capture(student, x), teacher=teacher)
+    result = fxcompress.compile("policy p { mask conv2d { sparsity = 50% } }", joined)
+    assert result.terms == ("output_mse",)
+    found = result.module.eval()(x, losses=True)
+    torch.testing.assert_close(found.total, F.mse_loss(result.module(x), teacher(x)))
+    assert list(result.finalize().state_dict()) == list(student.state_dict())
+    result.strip()
+    assert result.terms == () and not [name for name, _ in result.module.named_buffers() if "teacher" in name]
+    again = fxcompress.capture(joined.module, x)
+    assert torch.equal(again.module.eval()(x), student.eval()(x)), "what is captured is the student"
+
+
 def test_two_teachers_add_up() -> None:
     student, teacher, x, _ = models()
     other = models(seed=7)[1]

@@ -198,6 +198,50 @@ def test_channels_leave_behind_the_teaching_and_not_where_it_reads() -> None:
     assert result.done and result.module.get_parameter("fc1.weight").shape == (12, 128)
 
 
+def test_channels_that_a_tap_reads_stay_while_it_does() -> None:
+    """A removal along a ramp, beside the teaching: what is tapped is held, and everything else leaves."""
+    text = (TEXT % ("4", 'remove channels(conv2d | "fc1") { ratio = linear(0% -> 50%), every = 2 steps }', "")).replace(
+        'pair "conv" <- "conv"', 'pair "relu" <- "relu"')
+    result, _, teacher = start(text)
+    optimizer = result.follow(torch.optim.SGD(result.module.parameters(), lr=0.01))
+    learn(result, optimizer, 5)
+    assert result.module.get_parameter("conv.weight").shape[0] == 8, "read by the tap"
+    assert result.module.get_parameter("fc1.weight").shape[0] < 24
+    found = result.module.eval()(EXAMPLE[0], losses=True)
+    expected = 16 * F.kl_div(F.log_softmax(found.output / 4, 1), F.softmax(teacher(EXAMPLE[0]) / 4, 1),
+                             reduction="batchmean")
+    torch.testing.assert_close(found.terms["output_kl"], expected)
+    learn(result, optimizer, 1)
+    assert result.done and result.module.get_parameter("fc1.weight").shape[0] == 12
+
+
+def test_quantizers_that_come_while_a_teacher_is_there() -> None:
+    text = """policy p(teacher: model) {
+        phase learn over steps 0..8 {
+            distill from teacher { pair "norm" <- "conv" { loss = similarity } }
+        }
+        phase round over steps 3..9 { quantize conv2d | linear { mode = qat } }
+    }"""
+    result, _, teacher = start(text)
+    optimizer = result.follow(torch.optim.SGD(result.module.parameters(), lr=0.01))
+    learn(result, optimizer, 5)
+    assert result.terms == ("norm_similarity",)
+    learn(result, optimizer, 4)
+    assert result.terms == () and result.done
+    assert result.finalize()(EXAMPLE[0]).shape == (4, 4)
+
+
+def test_a_teacher_that_is_given_in_training_mode_teaches_in_evaluation_mode() -> None:
+    torch.manual_seed(0)
+    student, teacher = Net(), Net().train()
+    x = EXAMPLE[0]
+    result = fxcompress.compile("policy p(t: model) { distill from t { pair output <- output { loss = mse } } }",
+                                student, x, teacher=teacher)
+    found = result.module.eval()(x, losses=True)
+    assert teacher.training and teacher.norm.training
+    torch.testing.assert_close(found.total, F.mse_loss(found.output, teacher.eval()(x)))
+
+
 def test_budgets_do_not_count_the_teacher() -> None:
     text = (TEXT % ("4", "", "budget params <= 100% of dense"))
     assert start(text)[0].plan.budgets[0].state == "met"

@@ -115,6 +115,11 @@ class Executor:
             self._teaching.pop(step.number)
             self.log.append(Entry(step.number, None, {}, {}, ended=True))
             done.append(step.number)
+        if number is None and phase is None:
+            self.followers.look()
+            for node in distillations(self.captured.graph):  # those of a model that came with its teacher
+                take_teacher_out(self.captured, node)
+            self.notes += self.followers.update({})
         self.binder.follow()
         self._forget_teachers()
         return done
