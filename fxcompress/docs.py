@@ -180,8 +180,8 @@ Zhu and Gupta, "To prune, or not to prune", 2017, equation (1); `step` stays at 
 
 {ramps}
 
-`linear` may say a rate instead of filling the phase: `linear(10 -> 1, by 0.07 per step)` (or `per epoch`) moves by that much
-each time and stays at its end, which is its floor, or its ceiling.
+`linear` may say a rate instead of filling the phase: `linear(10 -> 1, by 0.07 per step)` (or `per epoch`) moves by that
+much each time and stays at its end, which is its floor, or its ceiling.
 
 A policy's parameters have one of these types. They are given by `params={{...}}` from Python, or by `--param
 NAME=VALUE`.

@@ -222,7 +222,7 @@ def test_quantizers_that_come_while_a_teacher_is_there() -> None:
         }
         phase round over steps 3..9 { quantize conv2d | linear { mode = qat } }
     }"""
-    result, _, teacher = start(text)
+    result = start(text)[0]
     optimizer = result.follow(torch.optim.SGD(result.module.parameters(), lr=0.01))
     learn(result, optimizer, 5)
     assert result.terms == ("norm_similarity",)

@@ -47,10 +47,11 @@ def test_the_plan_shows_terms_taps_shapes_adapters_and_what_is_cut(golden: Calla
     teacher = on_meta(lambda: torchvision.models.vgg11(num_classes=5))
     x = torch.zeros(4, 3, 64, 64)
     shown = fxcompress.plan(VGG, student, x, teacher=teacher).show()
-    cut = VGG.replace("pair output <- output", 'pair "stage4" <- "features.5"').replace("loss = kl, temperature = linear"
-                      "(10 -> 1, by 0.07 per step)", "loss = nst").replace(
-                          'pair "conv5" <- "features.18"', 'pair "stage2" <- "features.2"').replace("features.15",
-                                                                                                    "features.7")
+    cut = VGG
+    for old, new in (("pair output <- output", 'pair "stage4" <- "features.5"'), ("features.15", "features.7"),
+                     ("loss = kl, temperature = linear(10 -> 1, by 0.07 per step)", "loss = nst"),
+                     ('pair "conv5" <- "features.18"', 'pair "stage2" <- "features.2"')):
+        cut = cut.replace(old, new)
     golden("distill.txt", shown + "\n" + fxcompress.plan(cut, student, x, teacher=teacher).show())
 
 

@@ -317,8 +317,8 @@ def _timing_notes(policy: Policy, clock: Clock) -> list[str]:
     return [f"phase `{phase.name}` runs over {show_window(phase.window)}, and how many steps an epoch has is learned "
             "from the first: until then its ramps stand still; give `steps_per_epoch=` to move them"
             for phase in policy.phases if phase.window is not None and phase.window.unit != "steps" and clock.learns
-            and any(isinstance(value, Ramp) for action in phase.actions for values in (action, *action.pairs)
-                    for value in values.values.values())]
+            and any(isinstance(value, Ramp) for action in phase.actions
+                    for given in (action.values, *(pair.values for pair in action.pairs)) for value in given.values())]
 
 
 def _unreached(schedule: Schedule) -> Diagnostic:
