@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .nn.affine import quantize_tensor as quantize_tensor
     from .passbase import Pass as Pass
     from .passbase import param as param
+    from .passbase import register_loss as register_loss
     from .passbase import register_observer as register_observer
     from .passbase import register_verb as register_verb
     from .passes.shared.criteria import register_criterion as register_criterion
@@ -54,7 +55,7 @@ _HOMES = {
     "diagnostics": ("ArtifactError", "CaptureError", "Diagnostic", "FxcError", "PlanError", "PolicyError",
                     "RewriteError"),
     "nn.affine": ("dequantize", "quantize_tensor"),
-    "passbase": ("Pass", "param", "register_observer", "register_verb"),
+    "passbase": ("Pass", "param", "register_loss", "register_observer", "register_verb"),
     "passes.shared.criteria": ("register_criterion",),
     "passes.shared.scores": ("register_score",),
     "graph": ("Captured", "capture"),

@@ -40,6 +40,9 @@ Weights = Annotated[Path | None, typer.Option(metavar="FILE", help="The model's 
 Params = Annotated[list[str] | None,
                    typer.Option("--param", metavar="NAME=VALUE", help="A policy parameter; repeatable.")]
 
+Teacher = Annotated[str | None, typer.Option("--teacher", metavar="SPEC", help="The model to learn from, or "
+                                             "`original` for the model itself.")]
+
 
 def _params(given: list[str] | None) -> dict[str, object]:
     found: dict[str, object] = {}
@@ -55,14 +58,15 @@ def _params(given: list[str] | None) -> dict[str, object]:
 def check(paths: Files,
           model: Annotated[str | None, typer.Option(metavar="SPEC", help="Bind the policies to this model "
                                                                    "too.")] = None,
-          param: Params = None, format: Annotated[Format, typer.Option()] = Format.TEXT) -> None:
+          param: Params = None, format: Annotated[Format, typer.Option()] = Format.TEXT,
+          teacher: Teacher = None) -> None:
     """Report every mistake in policies: of their text, and with --model of what they select."""
     params = _params(param)
     if model is None:
         raise typer.Exit(check_files(paths, params, format.value))
     from . import commands
 
-    raise typer.Exit(commands.check_model(paths, model, params, format.value))
+    raise typer.Exit(commands.check_model(paths, model, params, format.value, teacher))
 
 
 @app.command()
@@ -102,12 +106,13 @@ def plan(policy: Policy, model: Spec, weights: Weights = None, param: Params = N
          output: Annotated[Path | None,
                            typer.Option("-o", "--output", metavar="FILE", help="Save the plan as JSON.")] = None,
          format: Annotated[Layout, typer.Option()] = Layout.TEXT,
-         verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Every layer and every note.")] = False) -> None:
+         verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Every layer and every note.")] = False,
+         teacher: Teacher = None) -> None:
     """Show what a policy would do to a model, before any of it is done."""
     params = _params(param)
     from . import commands
 
-    raise typer.Exit(commands.plan(policy, model, weights, params, output, format.value, verbose))
+    raise typer.Exit(commands.plan(policy, model, weights, params, output, format.value, verbose, teacher))
 
 
 @app.command()
@@ -121,12 +126,13 @@ def compile(policy: Policy, model: Spec,
             calibration: Annotated[str | None,
                                    typer.Option(metavar="SPEC", help="Calibration data: FILE.npy, FILE.npz or "
                                                 "FILE.safetensors, package.module:factory or "
-                                                "file.py:factory.")] = None) -> None:
+                                                "file.py:factory.")] = None,
+            teacher: Teacher = None) -> None:
     """Carry a policy out on a model, and write the artifact."""
     params = _params(param)
     from . import commands
 
-    raise typer.Exit(commands.compile(policy, model, weights, params, output, plan_file, calibration))
+    raise typer.Exit(commands.compile(policy, model, weights, params, output, plan_file, calibration, teacher))
 
 
 @app.command()

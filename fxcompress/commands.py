@@ -28,8 +28,10 @@ from .graph.calibration import Calibration
 from .plan import Plan, read_policy
 from .plan import check_model as check_binding
 from .plan import plan as make_plan
-from .policy import load_policy
+from .plan.make import learning
+from .policy import load_policy, parse
 from .policy.model import Policy
+from .policy.words import ORIGINAL
 from .render import RENDERERS, clean, print_text
 from .spec import Loaded, SpecError, load_spec
 from .spec_data import load_data
@@ -52,9 +54,11 @@ def _reporting(command: Callable[P, int]) -> Callable[P, int]:
     return run
 
 
-def check_model(policy_paths: Sequence[Path], spec: str, params: Params | None = None, format: str = "text") -> int:
-    """Check policies against the model of `spec`: their texts, and whether each selector finds its layers. All errors
-    of all files in one run; `format` is `text` (stderr), `json` or `sarif` (stdout)."""
+def check_model(policy_paths: Sequence[Path], spec: str, params: Params | None = None, format: str = "text",
+                teacher: str | None = None) -> int:
+    """Check policies against the model of `spec`, and what they learn from that of `teacher`: their texts, and whether
+    each selector finds its layers. All errors of all files in one run; `format` is `text` (stderr), `json` or `sarif`
+    (stdout)."""
     found: list[Diagnostic] = []
     captured: dict[object, Captured] = {}
     wrong_spec = False
@@ -63,7 +67,8 @@ def check_model(policy_paths: Sequence[Path], spec: str, params: Params | None =
             policy = load_policy(path, dict(params or {}))
             if policy.inputs not in captured:
                 captured[policy.inputs] = _capture(load_spec(spec, None, policy.inputs))
-            found += check_binding(policy, captured[policy.inputs])
+            policy = _taught(policy, teacher)
+            found += check_binding(policy, learning(policy, captured[policy.inputs]))
         except FxcError as error:
             found += [item for item in error.diagnostics if item not in found]
             wrong_spec = wrong_spec or isinstance(error, SpecError)
@@ -79,10 +84,10 @@ def check_model(policy_paths: Sequence[Path], spec: str, params: Params | None =
 
 @_reporting
 def plan(policy_path: Path, spec: str, weights: Path | None = None, params: Params | None = None,
-         output: Path | None = None, format: str = "text", verbose: bool = False) -> int:
+         output: Path | None = None, format: str = "text", verbose: bool = False, teacher: str | None = None) -> int:
     """Print what the policy would do to the model (`text`, layer by layer if `verbose`, or `json`), and save it as JSON
     to `output`."""
-    policy, loaded = _load(policy_path, spec, weights, params)
+    policy, loaded = _load(policy_path, spec, weights, params, teacher)
     made = make_plan(policy, _capture(loaded))
     if output is not None:
         write_plan(output, made.to_json())
@@ -93,11 +98,12 @@ def plan(policy_path: Path, spec: str, weights: Path | None = None, params: Para
 
 @_reporting
 def compile(policy_path: Path, spec: str, weights: Path | None = None, params: Params | None = None,
-            output: Path = Path("out"), plan_file: Path | None = None, calibration: str | None = None) -> int:
+            output: Path = Path("out"), plan_file: Path | None = None, calibration: str | None = None,
+            teacher: str | None = None) -> int:
     """Carry the policy out on the model and write the artifact to `output`. There is no training here: every phase runs
     at once and every ramp goes to its end. A plan in `plan_file` is refused if the policy or the model is another.
     `calibration` says where calibration data come from, see `spec_data.py`; runs over them draw a bar on a terminal."""
-    policy, loaded = _load(policy_path, spec, weights, params)
+    policy, loaded = _load(policy_path, spec, weights, params, teacher)
     made = read_plan(plan_file) if plan_file is not None else None
     captured = _capture(loaded)
     data = Calibration.of(load_data(calibration), captured) if calibration is not None else None
@@ -179,11 +185,24 @@ def _print(text: str, data: Any, format: str) -> int:
     return 0
 
 
-def _load(policy_path: Path, spec: str, weights: Path | None, params: Params | None) -> tuple[Policy, Loaded]:
-    """The policy, with all of its parameters, and the model on inputs that the policy declares."""
+def _load(policy_path: Path, spec: str, weights: Path | None, params: Params | None, teacher: str | None = None,
+          ) -> tuple[Policy, Loaded]:
+    """The policy, with all of its parameters (models to learn from are that of `teacher`), and the model on inputs that
+    the policy declares."""
     policy = load_policy(policy_path, dict(params or {}))
     loaded = load_spec(spec, weights, policy.inputs)
-    return read_policy(policy, None, None), loaded
+    return read_policy(_taught(policy, teacher), None, None), loaded
+
+
+def _taught(policy: Policy, teacher: str | None) -> Policy:
+    """`policy` with the model of the SPEC `teacher` for what its actions learn from; `original` stands for itself."""
+    if teacher is None or not policy.missing:
+        return policy
+    names = {action.teacher for phase in policy.phases for action in phase.actions if action.teacher}
+    found = teacher if teacher == ORIGINAL else load_spec(teacher, None, policy.inputs).model
+    given = {name: found for name in names if name in policy.missing}
+    return parse(policy.source, {**{name: value for name, value in policy.params.items() if name not in policy.missing},
+                                 **given}) if given else policy
 
 
 def _capture(loaded: Loaded) -> Captured:

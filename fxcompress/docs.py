@@ -66,12 +66,17 @@ def verb_text(name: str) -> str:
         lines.append("")
     for parameter in cls.parameters():
         lines += [f"  {parameter.name}: {parameter.type.describe()}{_default(parameter)}", f"      {parameter.doc}"]
+    if cls.pair_params:
+        lines += ["", "Settings of a pair:", ""]
+    for parameter in cls.pair_params:
+        lines += [f"  {parameter.name}: {parameter.type.describe()}{_default(parameter)}", f"      {parameter.doc}"]
     return "\n".join([*lines, ""])
 
 
 def _usage(cls: type[Pass]) -> str:
-    what = f"{'|'.join(cls.whats)}(SELECTOR)" if cls.whats else "SELECTOR"
-    return f"{cls.verb} {what}{' from TEACHER' if cls.takes_teacher else ''} {{ ... }}"
+    what = f" {'|'.join(cls.whats)}(SELECTOR)" if cls.whats else "" if cls.takes_teacher else " SELECTOR"
+    inside = "pair STUDENT <- TEACHER { ... }" if cls.pairs else "..."
+    return f"{cls.verb}{what}{' from TEACHER' if cls.takes_teacher else ''} {{ {inside} }}"
 
 
 def _default(parameter: Param) -> str:
@@ -175,6 +180,9 @@ Zhu and Gupta, "To prune, or not to prune", 2017, equation (1); `step` stays at 
 
 {ramps}
 
+`linear` may say a rate instead of filling the phase: `linear(10 -> 1, by 0.07 per step)` (or `per epoch`) moves by that
+much each time and stays at its end, which is its floor, or its ceiling.
+
 A policy's parameters have one of these types. They are given by `params={{...}}` from Python, or by `--param
 NAME=VALUE`.
 
@@ -272,14 +280,21 @@ def _verbs() -> str:
         cls = schema.verb(name)
         if cls is None or not cls.__module__.startswith("fxcompress."):
             continue
-        rows = ((f"`{parameter.name}`", parameter.type.describe(),
-                 "required" if parameter.required else f"`{parameter.type.show(parameter.default)}`"
-                 if parameter.default is not None else "", parameter.doc) for parameter in cls.parameters())
+        rows = _rows(cls.parameters())
         whats = "\n".join(f"* `{what}(...)`: {doc}" for what, doc in cls.whats.items())
         kinds = f"Works on {', '.join(f'`{kind}`' for kind in cls.kinds)}." if cls.kinds else ""
         parts += [f"### `{_usage(cls)}`", " ".join((cls.__doc__ or "").split()), whats, kinds,
                   _table(("Parameter", "Takes", "Default", "Meaning"), rows)]
+        if cls.pair_params:
+            parts += ["Settings of a pair:", _table(("Setting", "Takes", "Default", "Meaning"),
+                                                    _rows(cls.pair_params))]
     return "\n\n".join(part for part in parts if part)
+
+
+def _rows(parameters: Iterable[Param]) -> Iterable[tuple[str, ...]]:
+    return [(f"`{parameter.name}`", parameter.type.describe(),
+             "required" if parameter.required else f"`{parameter.type.show(parameter.default)}`"
+             if parameter.default is not None else "", parameter.doc) for parameter in parameters]
 
 
 def _grammar() -> str:

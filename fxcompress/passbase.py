@@ -6,7 +6,7 @@ module keeps torch out of its top level and imports its rewrite inside `rewrite`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from enum import StrEnum
 from functools import cached_property
@@ -15,6 +15,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 from .diagnostics import Diagnostic, FxcError
+from .policy.model import Pair
 from .policy.types import ValueType
 
 T = TypeVar("T")
@@ -118,18 +119,27 @@ class Pass:
         """Rewrite `graph` in place on `site`; raise FxcError with a diagnostic where that can't be done."""
         raise NotImplementedError
 
+    def with_pairs(self, pairs: tuple[Pair, ...]) -> Pass:
+        """This pass with the pairs of its block."""
+        return self
+
+    def check(self, graph: Captured, site: Site) -> Iterable[Diagnostic]:
+        """What `check --model` says of this pass at `site`, beside its selector; nothing is rewritten. `graph` is the
+        model as it was captured."""
+        return ()
+
     def data_need(self) -> str:
         """Which of its settings can't do without calibration data (`by = activation`); empty if all can."""
         return ""
 
     def apply(self, captured: Captured, selector: str = "*", what: str | None = None, *,
-              calibration: object = None) -> Captured:
+              calibration: object = None, teacher: object = None) -> Captured:
         """A copy of `captured` with this pass applied to what `selector` (a text in the policy language) selects,
         verified. Values that change in time (ramps) are applied at their end. `calibration` is an iterable of batches,
-        as in `compile`."""
+        as in `compile`; `teacher` a model, for a verb that learns from one (or the text `original`)."""
         from .graph.apply import apply_pass
 
-        return apply_pass(self, captured, selector, what, calibration)
+        return apply_pass(self, captured, selector, what, calibration, teacher)
 
 
 class Registry(Generic[T]):
@@ -190,8 +200,8 @@ class Registry(Generic[T]):
 
 VERBS: Registry[type[Pass]] = Registry(
     "verb", "fxcompress.verbs",
-    {"mask": "fxcompress.passes.mask:Mask", "quantize": "fxcompress.passes.quantize:Quantize",
-     "remove": "fxcompress.passes.remove:Remove"},
+    {"distill": "fxcompress.passes.distill:Distill", "mask": "fxcompress.passes.mask:Mask",
+     "quantize": "fxcompress.passes.quantize:Quantize", "remove": "fxcompress.passes.remove:Remove"},
 )
 
 SCORES: Registry[Any] = Registry(  # `fxcompress.passes.shared.scores.Score`, or a function of the weight alone
@@ -210,6 +220,32 @@ OBSERVERS: Registry[Any] = Registry(  # classes of `fxcompress.nn.observers.Obse
      for name, attribute in (("minmax", "MinMax"), ("moving_average", "MovingAverage"), ("percentile", "Percentile"),
                              ("histogram", "Histogram"), ("mse", "Mse"), ("kl", "Kl"))},
 )
+
+
+LOSSES: Registry[Any] = Registry(  # classes of `fxcompress.nn.losses.Loss`
+    "loss", "fxcompress.losses",
+    {name: f"fxcompress.nn.losses:{attribute}"
+     for name, attribute in (
+         ("kl", "KL"), ("soft_cross_entropy", "SoftCrossEntropy"), ("cross_entropy", "CrossEntropy"), ("mse", "MSE"),
+         ("cosine", "Cosine"), ("hint", "Hint"), ("attention", "Attention"), ("similarity", "Similarity"),
+         ("relation", "Relation"), ("decoupled", "Decoupled"), ("nst", "NST"),
+         ("logit_standardized", "LogitStandardized"), ("activation_kl", "ActivationKL"), ("dist", "Dist"))},
+)
+
+
+def register_loss(name: str) -> Callable[[type[T]], type[T]]:
+    """Class decorator: make a subclass of `fxcompress.nn.losses.Loss` a value of `loss` in the pairs of `distill` for
+    this process. Packages use the entry point `fxcompress.losses`.
+
+    The class says what it takes (see `Loss`); `forward` gives the term, 0-dim, which the pair's weight is multiplied
+    to.
+
+        @fxcompress.register_loss("huber")
+        class Huber(Loss):
+            def forward(self, student, teacher, temperature, targets):
+                return torch.nn.functional.huber_loss(student, teacher)
+    """
+    return lambda cls: LOSSES.register(name, cls)
 
 
 def register_observer(name: str) -> Callable[[type[T]], type[T]]:

@@ -9,16 +9,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from fxcompress.passes.distill import Distill as Distill
+    from fxcompress.passes.distill import pair as pair
     from fxcompress.passes.mask import Mask as Mask
     from fxcompress.passes.quantize import Quantize as Quantize
     from fxcompress.passes.remove import Remove as Remove
     from fxcompress.passes.shared.criteria import register_criterion as register_criterion
     from fxcompress.passes.shared.scores import register_score as register_score
 
-_FILES = {"Mask": "mask", "Quantize": "quantize", "Remove": "remove", "register_criterion": "shared.criteria",
-          "register_score": "shared.scores"}
+_FILES = {"Distill": "distill", "pair": "distill", "Mask": "mask", "Quantize": "quantize", "Remove": "remove",
+          "register_criterion": "shared.criteria", "register_score": "shared.scores"}
 
-__all__ = ["Mask", "Quantize", "Remove", "register_criterion", "register_score"]
+__all__ = ["Distill", "Mask", "Quantize", "Remove", "pair", "register_criterion", "register_score"]
 
 
 if not TYPE_CHECKING:

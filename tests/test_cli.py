@@ -92,7 +92,8 @@ def test_fmt_leaves_broken_files_alone(files: Path) -> None:
 
 
 def test_verbs() -> None:
-    assert [line.split()[0] for line in run("verbs").stdout.splitlines()[:3]] == ["mask", "quantize", "remove"]
+    assert [line.split()[0] for line in run("verbs").stdout.splitlines()[:4]] == ["distill", "mask", "quantize",
+                                                                             "remove"]
     assert "sparsity: a percentage from 0% to 100% or a ramp" in run("verbs", "mask").stdout
     unknown = run("verbs", "maks")
     assert unknown.returncode == 1 and "did you mean `mask`?" in unknown.stderr
@@ -148,15 +149,16 @@ def called(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[object, ..
 def test_commands_for_models(monkeypatch: pytest.MonkeyPatch) -> None:
     p, q = Path("p.fxc"), Path("q.fxc")
     assert called(monkeypatch, "check", "p.fxc", "q.fxc", "--model", "torchvision:resnet18") == (
-        "check_model", [p, q], "torchvision:resnet18", {}, "text")
+        "check_model", [p, q], "torchvision:resnet18", {}, "text", None)
     assert called(monkeypatch, "plan", "p.fxc", "--model", "m:f", "--weights", "w.safetensors", "-o", "plan.json",
                   "--param",
                   "a=50%", "--param", "b=c=d", "--format", "json") == (
-        "plan", p, "m:f", Path("w.safetensors"), {"a": "50%", "b": "c=d"}, Path("plan.json"), "json", False)
+        "plan", p, "m:f", Path("w.safetensors"), {"a": "50%", "b": "c=d"}, Path("plan.json"), "json", False, None)
+    assert called(monkeypatch, "plan", "p.fxc", "--model", "m:f", "--teacher", "m:g")[-1] == "m:g"
     assert called(monkeypatch, "compile", "p.fxc", "--model", "m:f", "-o", "out", "--plan", "plan.json") == (
-        "compile", p, "m:f", None, {}, Path("out"), Path("plan.json"), None)
+        "compile", p, "m:f", None, {}, Path("out"), Path("plan.json"), None, None)
     assert called(monkeypatch, "compile", "p.fxc", "--model", "m:f", "-o", "out", "--calibration", "x.npy") == (
-        "compile", p, "m:f", None, {}, Path("out"), None, "x.npy")
+        "compile", p, "m:f", None, {}, Path("out"), None, "x.npy", None)
     assert called(monkeypatch, "inspect", "out", "--format", "json") == ("inspect", Path("out"), "json", None)
     assert called(monkeypatch, "inspect", "out", "--plots", "pictures") == (
         "inspect", Path("out"), "text", Path("pictures"))

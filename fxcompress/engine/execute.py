@@ -11,10 +11,12 @@ from torch import Tensor
 from ..graph.apply import carry_gradients, carry_out
 from ..graph.calibration import Calibration
 from ..graph.captured import Captured
+from ..graph.distilled import distillations
 from ..graph.site import Companion, Cuts, Outcome, Rewriting, Scheduled, Site
 from ..graph.tree import named_tensors
 from ..plan import Binder, Plan, Step, lower
 from ..policy.model import Phase, Policy
+from .finish import take_teacher_out
 from .follow import Followers
 from .integers import is_quantized
 from .log import Entry, add_missing, other_graph, same_cuts
@@ -45,6 +47,7 @@ class Executor:
         self.past: dict[int, Entry] = {}
         self._sites: dict[int, Site] = {}  # of the steps whose numbers move by rewriting
         self._companions: list[Companion] = []
+        self._teaching: dict[int, str] = {}  # by the number of its step: the call of what the model learns from
 
     def begin(self, phase: Phase) -> Sequence[tuple[Step, Scheduled]]:
         """Carry out the steps of `phase`; returns what moves in it. Raises what its passes raise; outside of `compile`
@@ -60,6 +63,7 @@ class Executor:
                 outcome = self._carry_out(turn, site, None, past)
                 moving.extend((turn, scheduled) for scheduled in self._scheduled(turn, site, outcome))
         self.to_come.discard(phase.name)
+        self._forget_teachers()
         if not self.to_come and not is_quantized(self.captured):  # `finalize` measures quantized layers on them
             self.calibration = None  # what still runs on the data holds them itself, in its site
         return moving
@@ -95,8 +99,42 @@ class Executor:
             self._carry_out(replace(step, pass_=pass_), self._site(step.number), value)
         return True
 
+    def end(self, number: int | None = None, phase: Phase | None = None) -> list[int]:
+        """Take out what only acts while its phase lasts (a teacher): that of step `number`, of `phase`, or all.
+        Returns the numbers of the steps."""
+        done = []
+        for step in self.steps:
+            mine = self._teaching.get(step.number)
+            if mine is None or (number is not None and step.number != number) or (
+                    phase is not None and step.phase.name != phase.name):
+                continue
+            self.followers.look()
+            for node in self.captured.nodes_named((mine,)):
+                take_teacher_out(self.captured, node)
+            self.notes += self.followers.update({})
+            self._teaching.pop(step.number)
+            self.log.append(Entry(step.number, None, {}, {}, ended=True))
+            done.append(step.number)
+        if number is None and phase is None:
+            self.followers.look()
+            for node in distillations(self.captured.graph):  # those of a model that came with its teacher
+                take_teacher_out(self.captured, node)
+            self.notes += self.followers.update({})
+        self.binder.follow()
+        self._forget_teachers()
+        return done
+
+    def _forget_teachers(self) -> None:
+        """Let go of the models to learn from once no phase is to come that does."""
+        if not any(step.action.teacher for step in self.steps if step.phase.name in self.to_come):
+            self.captured.teachers = None
+
     def repeat(self, entry: Entry) -> None:
-        """Do again what a checkpoint says was done as a number moved. Raises PlanError (FXC0528)."""
+        """Do again what a checkpoint says was done as a number moved, or as a phase ended. Raises PlanError (FXC0528).
+        """
+        if entry.ended:
+            self.end(entry.step)
+            return
         if entry.step not in self._sites:
             raise other_graph()
         step = next(step for step in self.steps if step.number == entry.step)
@@ -116,7 +154,10 @@ class Executor:
             carry_out(trial, step.pass_, replace(site, nodes=trial.nodes_named(node.name for node in site.nodes)))
         self.followers.look()
         names = self._names()
+        taught = set(distillations(self.captured.graph))
         outcome = self.binder.carry_out(step, site)
+        self._teaching.update((step.number, node.name) for node in distillations(self.captured.graph)
+                              if node not in taught)
         if past is not None and add_missing(self.captured.module, past.added):
             self.captured.refresh()
         kept = {name: outcome.resized[tensor] for name, tensor in {**names, **self._names()}.items()

@@ -14,10 +14,12 @@ from ..backends.int8 import Lowered, lower
 from ..diagnostics import Diagnostic, PlanError, Sink
 from ..graph.calibration import Calibration
 from ..graph.captured import Captured, Example, Origin
+from ..graph.distilled import distillations
 from ..graph.provenance import origins_of
 from ..graph.select import Bound
 from ..graph.timing import TOLERANCE, latency
 from ..graph.verify import Before, verify
+from ..passes.shared.distilling import remove_distillation
 from ..passes.shared.inference import bake_evaluation
 from ..passes.shared.masking import remove_masks
 from ..passes.shared.recovery_mixed import drop_left
@@ -50,6 +52,12 @@ def take_masks_off(captured: Captured, *, fold: bool) -> None:
     verb = "finalize" if fold else "lift"
     detail = "the mask became zeros in the weight" if fold else "the mask was taken off"
     _rewritten(captured, partial(remove_masks, fold=fold), Origin(verb, "python", f"result.{verb}()", "(end)", detail))
+
+
+def take_teacher_out(captured: Captured, call: fx.Node) -> None:
+    """Remove what a distillation put in: teacher, adapters and terms, in place and verified."""
+    _rewritten(captured, partial(remove_distillation, call=call),
+               Origin("strip", "python", "result.strip()", "(end)", "learns no more"))
 
 
 def take_training_off(captured: Captured) -> None:
@@ -109,6 +117,8 @@ def finish(captured: Captured, policy: Policy, baseline: Baseline, lets: Mapping
     """
     require_ranges(captured)
     final = captured.copy()
+    for call in distillations(final.graph):
+        take_teacher_out(final, call)
     take_masks_off(final, fold=True)
     take_training_off(final)
     take_norms_in(final)

@@ -20,8 +20,9 @@ from ..graph.tree import named_tensors
 
 @dataclass(frozen=True)
 class Entry:
-    """One rewrite: by the step `step` of the plan, as its phase began (`value` is None) or as its number came to
-    `value`; what stayed of each tensor that was cut, by name; the shapes of the parameters that came in; the share that
+    """One rewrite: by the step `step` of the plan, as its phase began (`value` is None), as its number came to `value`,
+    or as its phase ended; what stayed of each tensor that was cut, by name; the shapes of the parameters that came in;
+    the share that
     was solved for the step, None where none was."""
 
     step: int
@@ -29,11 +30,12 @@ class Entry:
     kept: Mapping[str, Cuts]
     added: Mapping[str, tuple[int, ...]]
     share: float | None = None
+    ended: bool = False  # what the step had put in was taken out again
 
     def state(self) -> dict[str, Any]:
         """As plain data and tensors."""
         kept = {name: [[dim, indices] for dim, indices in cuts] for name, cuts in self.kept.items()}
-        return {"step": self.step, "value": self.value, "kept": kept, "share": self.share,
+        return {"step": self.step, "value": self.value, "kept": kept, "share": self.share, "ended": self.ended,
                 "added": {name: list(shape) for name, shape in self.added.items()}}
 
     @classmethod
@@ -41,11 +43,13 @@ class Entry:
         """That of a checkpoint."""
         kept = {name: tuple((dim, indices) for dim, indices in cuts) for name, cuts in state["kept"].items()}
         return cls(state["step"], state["value"], kept,
-                   {name: tuple(shape) for name, shape in state["added"].items()}, state["share"])
+                   {name: tuple(shape) for name, shape in state["added"].items()}, state["share"],
+                   bool(state["ended"]))
 
     def same(self, other: Entry) -> bool:
         """Whether both did the same."""
-        return (self.step, self.value) == (other.step, other.value) and same_cuts(self.kept, other.kept)
+        mine, theirs = ((entry.step, entry.value, entry.ended) for entry in (self, other))
+        return mine == theirs and same_cuts(self.kept, other.kept)
 
 
 def same_cuts(one: Mapping[str, Cuts], other: Mapping[str, Cuts]) -> bool:

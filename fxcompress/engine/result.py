@@ -17,10 +17,12 @@ from ..backends.compiled import compile_in_place
 from ..diagnostics import Diagnostic, Label, PlanError
 from ..graph.calibration import Calibration
 from ..graph.captured import Captured
+from ..graph.distilled import distillations
+from ..nn.distillation import Distillation
 from ..passbase import Facet
 from ..passes.shared.calibrating import calibrate
 from ..plan import Plan, policy_hash
-from ..policy.model import Policy
+from ..policy.model import Phase, Policy
 from ..policy.phases import show_window
 from ..policy.values import Duration, Ramp
 from .auto import choose
@@ -37,7 +39,7 @@ from .rewind import INITIAL, Snapshots, rewind_times
 from .schedule import Schedule
 from .training import Training
 
-FORMAT = 2  # of `state_dict`
+FORMAT = 3  # of `state_dict`
 
 
 class Result:
@@ -64,7 +66,7 @@ class Result:
         self._followers = Followers(captured.module)
         self._executor = Executor(policy, plan, captured, snapshots=self._snapshots, followers=self._followers,
                                   seed=seed, calibration=calibration, dense_seconds=self._baseline.latency)
-        self._training = Training(policy.phases, clock, self._executor.begin, self._wrote)
+        self._training = Training(policy.phases, clock, self._executor.begin, self._wrote, self._end)
         if resume is not None:
             self.load_state_dict(resume)
         else:
@@ -129,6 +131,16 @@ class Result:
             self._followers.optimizers.append(optimizer)
         return optimizer
 
+    def _end(self, phase: Phase) -> None:
+        """The window of a phase has passed: what only acts in it goes."""
+        ended = self._executor.end(phase=phase)
+        self._training.drop(lambda step: step.number in ended)
+
+    def _repeat(self, entry: Entry) -> None:
+        self._executor.repeat(entry)
+        if entry.ended:
+            self._training.drop(lambda step: step.number == entry.step)
+
     def _wrote(self, schedule: Schedule) -> None:
         """A number was written; lottery tickets go back to their early weights then."""
         when = schedule.what.rewind
@@ -153,6 +165,34 @@ class Result:
         if new:
             self._notes.append(f"not rewound, since they came later: {', '.join(new)}")
         self._followers.forget()
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """The names of the loss terms that `module(*inputs, targets=labels, losses=True)` gives now; empty where
+        nothing is learned from a teacher."""
+        return tuple(name for found in self._distillations() for name in found.terms)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """What each term is multiplied by in the total, as it is now."""
+        return {name: value for found in self._distillations() for name, value in found.numbers("weights").items()}
+
+    @property
+    def temperatures(self) -> dict[str, float]:
+        """The temperature of each term that has one, as it is now; one that adapts, or is learned, as it was last."""
+        return {name: value for found in self._distillations()
+                for name, value in found.numbers("temperatures").items()}
+
+    def _distillations(self) -> list[Distillation]:
+        return [found for node in distillations(self.captured.graph)
+                if isinstance(found := self.captured.module_of(node), Distillation)]
+
+    def strip(self) -> fx.GraphModule:
+        """Take teachers, adapters and loss terms out of `module`, in place, and give it: the plain student, with its
+        own keys and results. Phases that have not begun still teach."""
+        ended = self._executor.end()
+        self._training.drop(lambda step: step.number in ended)
+        return self.module
 
     def lift(self) -> fx.GraphModule:
         """Take the masks off `module`, in place: every weight has its dense value again (as trained: a masked weight
@@ -256,8 +296,9 @@ class Result:
         if not follows(self._executor.log, past):
             raise other_graph()
         self._executor.careful = False
-        self._executor.past = {entry.step: entry for entry in past[done:] if entry.value is None}
-        self._training.load(state, [(names[entry.step], entry) for entry in past[done:]], self._executor.repeat)
+        self._executor.past = {entry.step: entry for entry in past[done:]
+                               if entry.value is None and not entry.ended}
+        self._training.load(state, [(names[entry.step], entry) for entry in past[done:]], self._repeat)
         self._executor.careful = True
         if self.captured.fingerprint() != state["graph"]:
             raise other_graph()
@@ -276,14 +317,18 @@ def _timing_notes(policy: Policy, clock: Clock) -> list[str]:
     return [f"phase `{phase.name}` runs over {show_window(phase.window)}, and how many steps an epoch has is learned "
             "from the first: until then its ramps stand still; give `steps_per_epoch=` to move them"
             for phase in policy.phases if phase.window is not None and phase.window.unit != "steps" and clock.learns
-            and any(isinstance(value, Ramp) for action in phase.actions for value in action.values.values())]
+            and any(isinstance(value, Ramp) for action in phase.actions
+                    for given in (action.values, *(pair.values for pair in action.pairs)) for value in given.values())]
 
 
 def _unreached(schedule: Schedule) -> Diagnostic:
-    reached = "was never written" if schedule.value is None else f"stopped at {100 * schedule.value:.4g}%"
+    def shown(value: float) -> str:
+        return f"{100 * value:.4g}%" if schedule.what.percent else f"{value:.4g}"
+
+    reached = "was never written" if schedule.value is None else f"stopped at {shown(schedule.value)}"
     action, phase = schedule.step.action, schedule.step.phase
     why = ("its weights have seen no gradients",) if schedule.waits else ()
     return Diagnostic(
-        "FXC0524", f"the {schedule.what.name} {reached}, short of {100 * schedule.end:.4g}%", Label(action.span),
+        "FXC0524", f"the {schedule.what.name} {reached}, short of {shown(schedule.end)}", Label(action.span),
         (Label(phase.span, "has not ended"),), why, "train until `result.done`, calling `step()` and `epoch_end()`",
         severity="warning")

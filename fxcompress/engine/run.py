@@ -16,6 +16,7 @@ from ..graph.apply import carry_gradients
 from ..graph.calibration import Calibration, missing
 from ..plan import Plan, Step, lower, read_policy
 from ..plan.build import build
+from ..plan.make import Teaching, learning
 from ..policy.model import Policy
 from ..policy.timing import length_problems
 from .clock import Clock
@@ -24,7 +25,7 @@ from .result import Result
 
 
 def compile(policy: Policy | str | Path, model: nn.Module | Captured, example_inputs: Any = None,
-            teacher: nn.Module | None = None, params: Mapping[str, object] | None = None, *,
+            teacher: Teaching | None = None, params: Mapping[str, object] | None = None, *,
             plan: Plan | None = None, epochs: float | None = None, steps_per_epoch: int | None = None,
             optimizer: Optimizer | None = None, calibration: object = None, seed: int = 0,
             resume: Mapping[str, Any] | None = None) -> Result:
@@ -32,6 +33,8 @@ def compile(policy: Policy | str | Path, model: nn.Module | Captured, example_in
 
     * `policy`: a checked policy, a text (anything with a brace in it) or a path; `params` gives its parameters
     * `example_inputs`: a tensor, a tuple, or a dict for keyword inputs; not needed for a model captured before
+    * `teacher`: the model that the policy's actions learn from, on the same inputs: a module, one captured before, or
+      the text `original` for `model` as it is now. It is left as it is. Several teachers are given by `params`
     * `plan`: one made before, which must still fit policy and model
     * `epochs`: the length of the training, for phases over a share of it
     * `steps_per_epoch`: lets ramps over epochs move within the first epoch; it is learned otherwise
@@ -54,6 +57,7 @@ def compile(policy: Policy | str | Path, model: nn.Module | Captured, example_in
         raise PlanError(problems)
     require_expectations(checked)
     captured = model.copy() if isinstance(model, Captured) else capture(model, example_inputs)
+    captured = learning(checked, captured, model)
     carry_gradients(model.module if isinstance(model, Captured) else model, captured.module)
     data = Calibration.of(calibration, captured) if calibration is not None else None
     if data is None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..graph.site import Scheduled
 from ..plan import Step
-from ..policy.values import Ramp, Window
+from ..policy.values import Ramp, SteadyRamp, Window
 from .clock import Clock, Ticker
 
 
@@ -23,6 +23,7 @@ class Schedule:
     window: Window | None
     ticker: Ticker | None = None
     value: float | None = None  # the last that was written
+    began: float = 0.0  # when, in the unit of a steady ramp
     waits: bool = field(init=False)  # it was due, but could not be written yet
 
     def __post_init__(self) -> None:
@@ -44,6 +45,8 @@ class Schedule:
         """Begin: the times of `every` count from here. Returns whether a value was written, now or by the rewrite."""
         if self.what.every is not None:
             self.ticker = Ticker(self.what.every, clock.now(self.what.every.unit))
+        if isinstance(self.what.ramp, SteadyRamp):
+            self.began = clock.now(self.what.ramp.per)
         return not self.waits or self._write(self._at(clock))
 
     def update(self, clock: Clock, *, last: bool) -> bool:
@@ -56,6 +59,8 @@ class Schedule:
         return (due or self.waits or each_step) and self._write(value)
 
     def _at(self, clock: Clock) -> float:
+        if isinstance(self.what.ramp, SteadyRamp):
+            return self.what.ramp.after(clock.now(self.what.ramp.per) - self.began)
         return self.end if self.window is None else self.target(clock.progress(self.window))
 
     def _write(self, value: float) -> bool:
@@ -71,13 +76,13 @@ class Schedule:
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"value": self.value, "waits": self.waits,
+        return {"value": self.value, "waits": self.waits, "began": self.began,
                 "ticker": None if self.ticker is None else (self.ticker.began, self.ticker.count),
                 "companion": None if self.what.companion is None else self.what.companion.state()}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take up a checkpoint's."""
-        self.value, self.waits = state["value"], bool(state["waits"])
+        self.value, self.waits, self.began = state["value"], bool(state["waits"]), float(state["began"])
         if state["ticker"] is not None and self.what.every is not None:
             self.ticker = Ticker(self.what.every, *state["ticker"])
         if self.what.companion is not None:

@@ -17,6 +17,7 @@ from .schedule import Schedule
 
 Begin = Callable[[Phase], Sequence[tuple[Step, Scheduled]]]
 Wrote = Callable[[Schedule], None]
+End = Callable[[Phase], None]  # told when the window of a phase has ended
 Rates = Callable[[], Callable[[Tensor], float]]  # the learning rate of each parameter, as it is now
 
 
@@ -42,11 +43,11 @@ class PhaseRun:
 
 class Training:
     """All phases of a policy on one clock. `begin` carries out the actions of a phase and says what moves in it;
-    `wrote` is told of every number written while training."""
+    `wrote` is told of every number written while training, `end` of every window that has passed."""
 
-    def __init__(self, phases: Sequence[Phase], clock: Clock, begin: Begin, wrote: Wrote) -> None:
+    def __init__(self, phases: Sequence[Phase], clock: Clock, begin: Begin, wrote: Wrote, end: End) -> None:
         """Nothing happens before the first `tick`."""
-        self.clock, self._begin, self._wrote = clock, begin, wrote
+        self.clock, self._begin, self._wrote, self._end = clock, begin, wrote, end
         self.runs = [PhaseRun(phase) for phase in phases]
         self._by_name = {run.phase.name: run for run in self.runs}
 
@@ -90,6 +91,8 @@ class Training:
                 self._wrote(schedule)
         if last and not any(schedule.waits for schedule in run.schedules):
             run.status = "done"
+            if run.phase.window is not None:
+                self._end(run.phase)
 
     @property
     def done(self) -> bool:
@@ -127,7 +130,7 @@ class Training:
         for name, entry in past:
             if self._by_name[name].status == "waiting":
                 self._take_up(self._by_name[name])
-            if entry.value is not None:
+            if entry.value is not None or entry.ended:
                 repeat(entry)
         for run in self.runs:
             saved = state["phases"][run.phase.name]

@@ -10,11 +10,13 @@ from ..policy import parse_selector
 from ..policy.values import Ramp
 from .calibration import Calibration, missing
 from .captured import Captured
+from .distilled import require_stages
 from .ops import kind_of, path_of
 from .probe import collecting_later
 from .provenance import origins_of, touch
 from .select import Selecting, label, quoted
 from .site import Outcome, Site
+from .teacher import Teachers
 from .verify import Before, verify
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ def carry_out(captured: Captured, pass_: Pass, site: Site) -> Outcome:
         outcome = pass_.rewrite(captured, site)
         _record(captured, pass_, site, outcome, before)
         verify(captured, before, pass_, site)
+        require_stages(captured, pass_.verb, site)
     return outcome
 
 
@@ -72,6 +75,9 @@ def fitting(pass_: Pass | type[Pass], selecting: Selecting, selector: Selector,
     return fit
 
 
+TEACHER = "teacher"  # what a pass applied from Python calls the model it learns from
+
+
 def at_end(pass_: Pass) -> Pass:
     """`pass_` with every ramp at its end, and nothing to repeat on the way there."""
     ends: dict[str, object] = {f.name: value.end for f in fields(pass_)
@@ -82,7 +88,7 @@ def at_end(pass_: Pass) -> Pass:
 
 
 def apply_pass(pass_: Pass, captured: Captured, selector: str = "*", what: str | None = None,
-               calibration: object = None) -> Captured:
+               calibration: object = None, teacher: object = None) -> Captured:
     """A copy of `captured` with `pass_` applied to what `selector` selects, ramps at their end, verified.
 
     Raises PolicyError for a selector that is wrong or selects nothing, what the pass raises, PlanError (FXC0560) where
@@ -100,8 +106,12 @@ def apply_pass(pass_: Pass, captured: Captured, selector: str = "*", what: str |
         sink.error("FXC0211", f"`{pass_.verb}` wants to be told what of the layers" if what is None else
                    f"`{pass_.verb}` knows no `{what}`", help=f"give `what=`: {quoted(pass_.whats)}")
     sink.raise_if_errors(PolicyError)
+    if pass_.takes_teacher and selector == "*":
+        nodes = ()  # it works on no layers
+    given = Teachers(captured, None, {TEACHER: teacher}).of(TEACHER) if teacher is not None else None
     data = Calibration.of(calibration, copy) if calibration is not None else None
-    outcome = carry_out(copy, at_end(pass_), Site(nodes, what, selection=selector, calibration=data))
+    outcome = carry_out(copy, at_end(pass_), Site(nodes, what, selection=selector, calibration=data,
+                                                      teacher=given))
     if copy.concrete:
         _write_ends(pass_, outcome)
     return copy

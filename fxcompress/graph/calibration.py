@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map
 
 from ..diagnostics import Diagnostic, PlanError
 from .captured import Captured
+from .distilled import is_control
 from .facts import shapes
 from .interpret import evaluating, values_of
 from .propagate import device_of
@@ -163,7 +164,8 @@ def _shortened(captured: Captured, inputs: list[Any], samples: int) -> tuple[lis
 def inputs_of(captured: Captured, batch: object, number: int = 1) -> list[Any]:
     """What each placeholder of `captured` gets of a batch, in their order; floating-point numbers of another precision
     are converted. Raises PlanError (FXC0570), which calls it batch `number`."""
-    nodes = [node for node in captured.graph.nodes if node.op == "placeholder"]
+    inputs = [node for node in captured.graph.nodes if node.op == "placeholder"]
+    nodes = [node for node in inputs if not is_control(node)]
     if isinstance(batch, Mapping):
         unknown = [f"`{name}`" for name in batch if name not in {node.name for node in nodes}]
         missing = [f"`{node.name}`" for node in nodes if node.name not in batch and not node.args]
@@ -179,7 +181,8 @@ def inputs_of(captured: Captured, batch: object, number: int = 1) -> list[Any]:
             raise _unfit(f"batch {number} of the calibration data has {_count(len(given))}, and the model takes "
                          f"{_count(len(nodes))}", f"they are {', '.join(f'`{node.name}`' for node in nodes)}")
         values = [*given, *(node.args[0] for node in nodes[len(given):])]
-    return [_fitted(captured, node, value, number) for node, value in zip(nodes, values, strict=True)]
+    fitted = [_fitted(captured, node, value, number) for node, value in zip(nodes, values, strict=True)]
+    return [*fitted, *(node.args[0] for node in inputs[len(nodes):])]
 
 
 def missing(need: str) -> Diagnostic:

@@ -45,8 +45,12 @@ def capture(
     Raises CaptureError: FXC0401 where no way takes the model, FXC0402 where the example inputs don't fit its
     `forward`, FXC0403 where it isn't a module that can be copied.
     """
+    return capture_example(model, as_example(example_inputs), way, skeleton)
+
+
+def capture_example(model: nn.Module, example: Example, way: Way = "auto", skeleton: bool = False) -> Captured:
+    """`capture` on the example inputs of another model."""
     _check_model(model)
-    example = as_example(example_inputs)
     with quiet(), collecting_later():
         captured = _capture(model, example, bind_inputs(model, example), way, meta if skeleton else own)
     if isinstance(model, fx.GraphModule):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor, fx, nn
 
@@ -16,6 +16,9 @@ from .ops import path_of
 from .propagate import propagate
 from .stamp import Stamp, stamp
 from .tree import copy_module, meta, own
+
+if TYPE_CHECKING:
+    from .teacher import Teachers
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ class Captured:
     moved: dict[str, tuple[str, ...]] = field(default_factory=dict)  # name of a node that is gone -> its successors
     notes: tuple[str, ...] = ()
     fixed_batch: str = ""
+    teachers: Teachers | None = field(default=None, repr=False)  # what its policy's actions learn from
     _facts: Facts | None = field(default=None, repr=False)
     _code: list[object] = field(default_factory=list, repr=False)  # `code_of` what `module` was last compiled from
     _stamp: Stamp | None = field(default=None, init=False, repr=False, compare=False)

@@ -96,6 +96,8 @@ def _held(node: fx.Node, root: nn.Module) -> list[Tensor]:
         return [value] if isinstance(value, Tensor) else []
     if node.op == "call_module":
         module = submodule(root, str(node.target))
+        if getattr(module, "fxc_apart", False):
+            return []  # a teacher is no part of the model
         if not module._modules:
             own = (*module._parameters.values(), *module._buffers.values())
             return list({id(tensor): tensor for tensor in own if tensor is not None}.values())

@@ -304,7 +304,7 @@ _EVALUATE: Mapping[type, Callable[[Selecting, Any], Nodes]] = {
 
 def operators(graph: fx.Graph) -> list[fx.Node]:
     """Every call of `graph` but those that only prepare parameters: their arguments all come from parameters, and they
-    have none of their own; and those of quantizers, which belong to what they round."""
+    have none of their own; those of quantizers, which belong to what they round, and those of a teacher."""
     weights: set[fx.Node] = set()
     found = []
     for node in graph.nodes:
@@ -314,7 +314,7 @@ def operators(graph: fx.Graph) -> list[fx.Node]:
             inputs = node.all_input_nodes
             if inputs and weights.issuperset(inputs) and (node.op != "call_module" or kind_of(node) in ON_WEIGHTS):
                 weights.add(node)
-            elif kind_of(node) != "quantizer":
+            elif kind_of(node) not in ("quantizer", "distillation"):
                 found.append(node)
     return found
 
@@ -326,8 +326,8 @@ def sole_consumer(node: fx.Node) -> fx.Node | None:
 
 
 def consumers(node: fx.Node) -> list[fx.Node]:
-    """The nodes that read `node`'s value, not only its size."""
-    return [user for user in node.users if kind_of(user) not in SIZE_KINDS]
+    """The nodes that read `node`'s value, not only its size; what a teacher is compared with doesn't count."""
+    return [user for user in node.users if kind_of(user) not in SIZE_KINDS and kind_of(user) != "distillation"]
 
 
 def prefixes_of(path: str) -> list[str]:

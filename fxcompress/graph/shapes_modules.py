@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
+from ..nn.distillation import Distillation
 from . import shapes
 from .modules import keeps_forward, leaf_of
 from .shapes import like, new
@@ -98,6 +99,10 @@ def _random(module: Any, input: Tensor) -> Any:
     return like(input) if module.training else input.view_as(input)
 
 
+def _distillation(module: Any, output: Any, targets: Any, losses: Any, *values: Any) -> Any:
+    return output  # as long as no losses are asked for
+
+
 def _alike(module: Any, input: Tensor) -> Any:
     return like(input)
 
@@ -182,6 +187,7 @@ MODULE_RULES: Mapping[type[nn.Module], ModuleRule] = {
     nn.BatchNorm2d: _batchnorm((4,)), nn.BatchNorm3d: _batchnorm((5,)), nn.LayerNorm: _layernorm,
     nn.RMSNorm: _rmsnorm, nn.GroupNorm: _groupnorm, nn.Embedding: _embedding, nn.MultiheadAttention: _attention,
     **dict.fromkeys((nn.LSTM, nn.GRU, nn.RNN), _recurrent), StochasticDepth: _alike, nn.RReLU: _alike,
+    Distillation: _distillation,
     **dict.fromkeys((nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
                     _random),
 }

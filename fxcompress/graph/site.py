@@ -14,6 +14,7 @@ from ..source import Span
 if TYPE_CHECKING:
     from ..passbase import Pass
     from .calibration import Calibration
+    from .teacher import Teacher
 
 Cuts = tuple[tuple[int, Tensor], ...]  # what a removal left of a tensor: (dimension, kept indices) of each it took from
 
@@ -31,6 +32,7 @@ class Site:
     selection: str = ""  # the selector's text, for messages
     seed: int = 0
     window: Window | None = None  # when the phase runs, if the policy says so
+    teacher: Teacher | None = None  # what the action learns from
     calibration: Calibration | None = None  # inputs to run the graph on; None in a plan, and where none are given
     kept: Mapping[str, Cuts] | None = None
     """What stayed of each parameter and buffer, by name, when the same was carried out before: a pass repeats that
@@ -81,6 +83,7 @@ class Scheduled:
     rewind: Literal["initial"] | Duration | None = None  # where all weights go back to after each write
     written: bool = False  # the rewrite has written the first value itself
     companion: Companion | None = None
+    percent: bool = True  # whether messages show it as a percentage
 
 
 @dataclass(frozen=True)

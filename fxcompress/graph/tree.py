@@ -111,7 +111,7 @@ def _copies(model: nn.Module, make: Callable[[Tensor], Tensor]) -> dict[int, Any
     plain = [module for module in modules if _copies_by_state(type(module))]  # type: ignore[arg-type]
     for module in plain:
         memo[id(module)] = type(module).__new__(type(module))
-    for module in plain:
+    for module in reversed(plain):  # a graph module within reads its children when it is copied
         state = memo[id(module)].__dict__
         for name, value in module.__dict__.items():
             kind = type(value)

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, fx, nn
 
 from ..diagnostics import Diagnostic, Label, RewriteError
+from ..nn.distillation import Distillation
 from .captured import Captured, Origin
+from .distilled import distillations, exposed, is_control
 from .modules import leaf_of
 from .ops import BY_TARGET, kind_of, module_of, path_of, submodule
 from .provenance import origins_of
@@ -47,7 +49,7 @@ class Before:
         graph = captured.module.graph
         named = named_tensors(captured.module)
         return cls(
-            inputs=tuple(str(node.target) for node in graph.nodes if node.op == "placeholder"),
+            inputs=inputs_of(graph),
             results=results_of(graph),
             nodes={node.name: signature(node) for node in graph.nodes},
             origins={node.name: origins_of(node) for node in graph.nodes},
@@ -80,6 +82,11 @@ class Invariant:
 def signature(node: fx.Node) -> Signature:
     """What a pass changes when it changes what a node computes with."""
     return node.op, str(node.target), int(getattr(node.meta.get("fxc"), "params", 0))
+
+
+def inputs_of(graph: fx.Graph) -> tuple[str, ...]:
+    """The names of the model's inputs, without what only a distillation reads."""
+    return tuple(str(node.target) for node in graph.nodes if node.op == "placeholder" and not is_control(node))
 
 
 def results_of(graph: fx.Graph) -> Any:
@@ -167,7 +174,7 @@ def _runs(captured: Captured, before: Before) -> Iterator[Violation]:
 
 def _signature_kept(captured: Captured, before: Before) -> Iterator[Violation]:
     graph = captured.module.graph
-    inputs = tuple(str(node.target) for node in graph.nodes if node.op == "placeholder")
+    inputs = inputs_of(graph)
     if inputs != before.inputs:
         yield Violation("", f"the inputs were {', '.join(before.inputs)} and are {', '.join(inputs) or 'none'}")
     results = results_of(graph)
@@ -242,6 +249,13 @@ def _is_frozen(captured: Captured, name: str) -> bool:
     return bool(getattr(submodule(captured.module, name.rpartition(".")[0]), "fxc_frozen", False))
 
 
+def _teachers(captured: Captured, before: Before) -> Iterator[Violation]:
+    for node in distillations(captured.module.graph):
+        module = module_of(node)
+        assert isinstance(module, Distillation)
+        yield from (Violation(node.name, reason) for reason in exposed(module))
+
+
 INVARIANTS: tuple[Invariant, ...] = (
     Invariant("targets are in the model", "FXC0551", 0, _targets),
     Invariant("the graph lints", "FXC0550", 1, _lint, refreshed=True),
@@ -253,6 +267,7 @@ INVARIANTS: tuple[Invariant, ...] = (
     Invariant("masks fit their parameters", "FXC0555", 3, _masks),
     Invariant("changed nodes have provenance", "FXC0558", 3, _provenance),
     Invariant("parameters stay trainable", "FXC0559", 3, _gradients),
+    Invariant("teachers are apart", "FXC0561", 3, _teachers),
 )
 
 

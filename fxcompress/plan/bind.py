@@ -14,11 +14,14 @@ from torch import fx
 from ..diagnostics import Label, PolicyError, Sink
 from ..graph.apply import carry_out, fitting
 from ..graph.captured import Captured
+from ..graph.distilled import distillations
 from ..graph.select import Bound, Selecting, quoted
 from ..graph.site import Outcome, Site
 from ..passbase import VERBS
+from ..passes.shared.distilling import remove_distillation
 from ..policy.model import Action, Phase, Policy
 from ..policy.selector import Flow, Helper, Ref, Selector, SetOp, Where
+from .conflicts import sequential
 from .lower import Step
 
 
@@ -56,6 +59,7 @@ class Binder:
         self.broken: set[str] = set()
         self.fates: dict[str, str] = {}  # name of a node that is gone without a successor -> which action took it
         self._selecting: Selecting | None = None
+        self.teaching: dict[str, Phase] = {}  # the calls of what the model learns from, and while which phase it does
         for name in policy.lets:
             self._bind(name)
         self._raise()
@@ -95,7 +99,9 @@ class Binder:
         if action.selector is not None and not kept:
             return None
         selection = action.selector.span.text if action.selector is not None else ""
-        return Site(kept, action.what, action.span, phase.name, selection, window=phase.window)
+        teachers = self.captured.teachers
+        teacher = teachers.of(action.teacher) if teachers is not None and action.teacher is not None else None
+        return Site(kept, action.what, action.span, phase.name, selection, window=phase.window, teacher=teacher)
 
     def _nodes(self, action: Action, optional: bool) -> tuple[fx.Node, ...] | None:
         selector = action.selector
@@ -133,23 +139,39 @@ class Binder:
         """The same selections on a copy of the graph; what is wrong there goes to a sink of its own."""
         other = copy(self)
         other.captured, other.sink, other.raises, other._selecting = captured, Sink(), False, None
-        other.broken, other.fates = set(self.broken), dict(self.fates)
-        other._follow()
+        other.broken, other.fates, other.teaching = set(self.broken), dict(self.fates), dict(self.teaching)
+        other.follow()
         return other
 
-    def _follow(self) -> None:
+    def follow(self) -> None:
+        """Bind every `let` to what its nodes have become, after a rewrite."""
         self.lets = {name: Bound(self.captured.nodes_named(names), self.policy.lets[name])
                      for name, names in self.names.items()}
         self._selecting = None
 
+    def _end_before(self, phase: Phase) -> None:
+        """Take out what the model learnt from in phases that have ended when `phase` begins; in training the engine has
+        done so."""
+        over = [name for name, other in self.teaching.items()
+                if other.window is not None and sequential(self.policy, other, phase)]
+        for node in self.captured.nodes_named(over):
+            remove_distillation(self.captured, node)
+            self.captured.refresh()
+        for name in over:
+            del self.teaching[name]
+
     def carry_out(self, step: Step, site: Site, checked: bool = True) -> Outcome:
         """Run `step` at `site`, verify (unless not `checked`), and follow the nodes of every `let`. Raises what
         `apply.carry_out` does."""
+        self._end_before(step.phase)
         before = {node.name for node in self.captured.graph.nodes}
+        taught = distillations(self.captured.graph)
         outcome = carry_out(self.captured, step.pass_, site) if checked else step.pass_.rewrite(self.captured, site)
+        self.teaching.update({node.name: step.phase for node in distillations(self.captured.graph)
+                              if node not in taught})
         now = {node.name for node in self.captured.graph.nodes}
         where = f"`{step.action.verb} {site.selection}`, {step.action.span}"
         self.fates.update({name: where for name in before - now
                            if not self.captured.nodes_named([name])})
-        self._follow()
+        self.follow()
         return outcome

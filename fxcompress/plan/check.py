@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import fx
 
-from ..diagnostics import Diagnostic, PolicyError, Sink, nearest
+from ..diagnostics import Diagnostic, Label, PlanError, PolicyError, Sink, nearest
 from ..graph.captured import Captured
 from ..graph.predicates import DTYPES
 from ..graph.select import quoted
 from ..passbase import VERBS, Facet
 from ..policy import instantiate
-from ..policy.model import InputSpec, Policy
+from ..policy.model import Action, InputSpec, Phase, Policy
 from ..policy.selector import Selector, Where
 from .bind import Binder, inner, refs
-from .lower import ordered
+from .lower import ordered, pass_of
 
 MAKES_LAYERS = frozenset({Facet.TOPOLOGY, Facet.NUMERIC})
 
@@ -37,6 +39,8 @@ def check_model(policy: Policy, captured: Captured) -> list[Diagnostic]:
         if action.selector is not None:
             used.update(ref.name for ref in refs(action.selector))
             binder.site(phase, action, lenient=_may_come_later(action.selector, done))
+        elif not done & MAKES_LAYERS:
+            _check_pass(binder, phase, action, sink)
         done.add(VERBS[action.verb].facet)
     for expect in policy.expects:
         if expect.argument is not None and expect.argument != "output":
@@ -48,6 +52,17 @@ def check_model(policy: Policy, captured: Captured) -> list[Diagnostic]:
         if name not in used | _inner(policy) and name not in binder.broken:
             binder.selecting().select(selector)
     return sink.items
+
+
+def _check_pass(binder: Binder, phase: Phase, action: Action, sink: Sink) -> None:
+    """What the pass itself says of an action without a selector."""
+    try:
+        site = binder.site(phase, action)
+    except PlanError as error:
+        sink.items.extend(replace(item, primary=item.primary or Label(action.span)) for item in error.diagnostics)
+        return
+    if site is not None:
+        sink.items.extend(pass_of(action).check(binder.captured, site))
 
 
 def _may_come_later(selector: Selector, done: set[Facet]) -> bool:

@@ -38,6 +38,11 @@ def _rank(action: Action) -> int:
     return FACET_ORDER.index(VERBS[action.verb].facet)
 
 
+def pass_of(action: Action) -> Pass:
+    """The pass that carries `action` out."""
+    return VERBS[action.verb](**action.values).with_pairs(action.pairs)
+
+
 def lower(policy: Policy, plan: Plan | Mapping[int, frozenset[str]] | None = None,
           solved: Mapping[int, Solved] | None = None) -> tuple[Step, ...]:
     """The steps of a policy whose parameters are all given. `plan` (or mappings from step numbers) says what overridden
@@ -46,6 +51,6 @@ def lower(policy: Policy, plan: Plan | Mapping[int, frozenset[str]] | None = Non
         solved = {step.number: step.solved for step in plan.steps if step.solved is not None}
         plan = {step.number: frozenset(step.leaves) for step in plan.steps}
     leaves, known = plan or {}, solved or {}
-    steps = [Step(number, phase, action, VERBS[action.verb](**action.values), leaves.get(number, frozenset()))
+    steps = [Step(number, phase, action, pass_of(action), leaves.get(number, frozenset()))
              for number, (phase, action) in enumerate(ordered(policy), 1)]
     return tuple(step.with_solved(known[step.number]) if step.number in known else step for step in steps)

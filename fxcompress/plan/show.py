@@ -48,7 +48,8 @@ def _aligned(steps: list[PlannedStep], verbose: bool) -> list[str]:
             lines.append(f"      left to an override: {', '.join(step.left)}")
         if verbose:
             lines += [f"      {row}" for row in _columns([_row(change) for change in step.changes])]
-        shown = step.notes if verbose or len(step.notes) <= FEW else step.notes[: FEW - 1]
+        every = verbose or len(step.notes) <= FEW or step.facet == "loss"  # these say what is done, term by term
+        shown = step.notes if every else step.notes[: FEW - 1]
         lines += [f"      note: {note}" for note in shown]
         if len(shown) < len(step.notes):
             lines.append(f"      ({len(step.notes) - len(shown)} more notes in the verbose plan)")
@@ -64,7 +65,8 @@ def headline(step: PlannedStep) -> str:
 
 def summary(step: PlannedStep) -> str:
     """`19 conv2d (+ 1 coupled: conv1), out_channels 64 -> 44 ... 512 -> 360`."""
-    selected = ", ".join(f"{count} {kind}" for kind, count in step.kinds) or "nothing"
+    selected = ", ".join(f"{count} {kind}" for kind, count in step.kinds) or (
+        "" if step.facet == "loss" else "nothing")
     coupled = list(dict.fromkeys(c.path for c in step.changes if c.why.startswith("coupled")))
     names = ", ".join(coupled[:FEW]) + (", ..." if len(coupled) > FEW else "")
     more = f" (+ {len(coupled)} coupled: {names})" if coupled else ""

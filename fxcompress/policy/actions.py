@@ -13,7 +13,7 @@ from .library import Preset
 from .selectors import Scope, read_selector
 from .settings import Values, missing, read_settings
 from .values import Unset
-from .words import quoted
+from .words import ORIGINAL, OUTPUT, TARGETS, quoted
 
 if TYPE_CHECKING:
     from ..passbase import Pass
@@ -209,10 +209,12 @@ def _teacher(clause: ast.Clause | None, action: ast.Action, cls: type[Pass], sco
         if cls.takes_teacher:
             scope.sink.error("FXC0136", f"`{action.verb.text}` does not say which model it learns from", action.head,
                              "`from` is missing", help=f"write `{action.verb.text} from teacher`, and declare "
-                             "`policy name(teacher: model)`")
+                             f"`policy name(teacher: model)`; or `from {ORIGINAL}`: the model before it is rewritten")
         return None
     name = clause.name.text
     scope.used.add(name)
+    if cls.takes_teacher and name == ORIGINAL and name not in scope.given:
+        return name
     if not cls.takes_teacher:
         scope.sink.error("FXC0136", f"`{action.verb.text}` takes no teacher", clause.span, "nothing to learn from",
                          help="take it out")
@@ -235,13 +237,16 @@ def _pairs(items: tuple[ast.Statement, ...], cls: type[Pass], scope: Scope) -> t
         inner = item.body.items if item.body is not None else ()
         found = read_settings(inner, cls.pair_params, "`pair`", scope)
         missing(found.values, found, cls.pair_params, "`pair`", item.student.span.to(item.teacher.span), scope)
-        pairs.append(model.Pair(_end(item.student, scope), _end(item.teacher, scope), found.values, item.span))
+        ends = _end(item.student, scope), _end(item.teacher, scope, (OUTPUT, TARGETS))
+        pairs.append(model.Pair(*ends, found.values, item.span))
     return tuple(pairs)
 
 
-def _end(end: ast.Name | ast.String, scope: Scope) -> str:
-    if isinstance(end, ast.Name) and end.text != "output":
-        scope.sink.error("FXC0135", f"`{end.text}` is no end of a pair", end.span, "expected `output` or a path",
+def _end(end: ast.Name | ast.String, scope: Scope, words: tuple[str, ...] = (OUTPUT,)) -> str:
+    """One end of a pair: one of `words`, or a path as a text."""
+    if isinstance(end, ast.Name) and end.text not in words:
+        scope.sink.error("FXC0135", f"`{end.text}` is no end of a pair", end.span,
+                         f"expected {quoted(words)} or a path",
                          help=f'a module path is written as a text: `"{end.text}"`',
                          fixes=(Fix(end.span, f'"{end.text}"'),))
     return end.text if isinstance(end, ast.Name) else end.value

@@ -40,9 +40,11 @@ def instantiate(policy: model.Policy, params: Mapping[str, object] | None = None
     if whole.missing:
         names = quoted(whole.missing, "and")
         example = f'params={{"{whole.missing[0]}": ...}}'
+        by_flag = f"`--param {whole.missing[0]}=...`; or write a default"
+        if whole.missing[0] in {action.teacher for phase in whole.phases for action in phase.actions}:
+            example, by_flag = "teacher=model", "`--teacher SPEC`"
         raise PolicyError([Diagnostic("FXC0133", f"policy `{whole.name}` needs a value for {names}", _head(whole),
-                                      help=f"give it from Python, `{example}`, or by `--param "
-                                      f"{whole.missing[0]}=...`; or write a default")])
+                                      help=f"give it from Python, `{example}`, or by {by_flag}")])
     return whole
 
 

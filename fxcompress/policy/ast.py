@@ -138,6 +138,16 @@ class Arrow(Node):
 
 
 @dataclass(frozen=True)
+class Rate(Node):
+    """`by 0.07 per step`, an argument of a ramp: three words and a number, which `check` looks at."""
+
+    by: Name
+    amount: Number | Quantity
+    per: Name
+    unit: Name
+
+
+@dataclass(frozen=True)
 class Compare(Node):
     """`a >= b`."""
 
@@ -147,7 +157,7 @@ class Compare(Node):
 
 
 Expr = (Name | Number | Quantity | Ratio | String | Regex | Star | Call | Group | Where | Share | SetOf | FlowOf | Arrow
-        | Compare)
+        | Rate | Compare)
 
 
 @dataclass(frozen=True)

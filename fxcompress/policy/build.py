@@ -163,6 +163,10 @@ class Builder:
     def keyword(self, items: list[Child]) -> ast.Keyword:
         return ast.Keyword(self._span(items), self._name(items[0]), items[2])
 
+    def rate(self, items: list[Child]) -> ast.Rate:
+        by, amount, per, unit = items
+        return ast.Rate(self._span(items), self._name(by), self._limit(amount), self._name(per), self._name(unit))
+
     def group(self, items: list[Child]) -> ast.Group:
         return ast.Group(self._span(items), items[1])
 

@@ -24,7 +24,8 @@ class InputSpec:
 
 @dataclass(frozen=True)
 class Pair:
-    """`pair student <- teacher { ... }` inside an action. An endpoint is `output` or a path string."""
+    """`pair student <- teacher { ... }` inside an action. An endpoint is `output` or a path string; that of the
+    teacher may be `targets`, the labels."""
 
     student: str
     teacher: str

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from ..diagnostics import nearest
 from . import ast
 from .typebase import OUT_OF_RANGE, UNKNOWN_NAME, Mismatch, ValueType, describe, in_range, is_number, show, span_text
 from .units import EXAMPLES, UNITS, Measure, canonical, show_number, show_percent, to_base
-from .values import RAMPS, Duration, Ramp
+from .values import RAMPS, Duration, Ramp, SteadyRamp
 from .words import listed, quoted
 
 
@@ -42,21 +42,39 @@ class _Scalar(ValueType):
                            help="this value can't move during training; write one value")
         if expr.name.text not in RAMPS:
             raise _no_ramp_name(expr)
-        if len(expr.args) != 1 or not isinstance(expr.args[0], ast.Arrow):
+        arrow, rate = expr.args[0] if expr.args else None, expr.args[1] if len(expr.args) == 2 else None
+        if not isinstance(arrow, ast.Arrow) or len(expr.args) > 2 or not isinstance(rate, ast.Rate | None):
             raise Mismatch(f"the ramp `{expr.name.text}` wants its start and its end", at=expr,
                            help=f"write both, as in `{expr.name.text}({self._shown(0)} -> {self.example})`")
-        return Ramp(expr.name.text, self._scalar(expr.args[0].start), self._scalar(expr.args[0].end))
+        start, end = self._scalar(arrow.start), self._scalar(arrow.end)
+        return Ramp(expr.name.text, start, end) if rate is None else self._steady(expr, rate, start, end)
+
+    def _steady(self, expr: ast.Call, rate: ast.Rate, start: float, end: float) -> SteadyRamp:
+        example = f"linear({self._shown(start)} -> {self._shown(end)}, by {rate.amount.span.text} per step)"
+        if expr.name.text != "linear":
+            raise Mismatch(f"`{expr.name.text}` takes no rate: only `linear` moves evenly", at=rate,
+                           help=f"write `{example}`, or leave the rate out")
+        if (rate.by.text, rate.per.text) != ("by", "per") or rate.unit.text not in ("step", "epoch"):
+            raise Mismatch(f"`{rate.span.text}` is no rate", at=rate, help=f"write it as in `{example}`")
+        amount = self._scalar(rate.amount)
+        if amount <= 0:
+            raise Mismatch("a rate is more than 0", code=OUT_OF_RANGE, at=rate.amount,
+                           help="the direction is that from the start to the end of the ramp")
+        return SteadyRamp("linear", start, end, amount, "steps" if rate.unit.text == "step" else "epochs")
 
     def _accept(self, value: object) -> object:
         if isinstance(value, Ramp) and getattr(self, "ramp", False):
             if value.shape not in RAMPS:
                 raise Mismatch(f"unknown ramp `{value.shape}`", code=UNKNOWN_NAME)
-            return Ramp(value.shape, self._check(value.start), self._check(value.end))
+            if isinstance(value, SteadyRamp) and not (value.rate > 0 and value.shape == "linear"):
+                raise Mismatch("a steady ramp is `linear`, at a rate of more than 0", code=OUT_OF_RANGE)
+            return replace(value, start=self._check(value.start), end=self._check(value.end))
         return self._check(value)
 
     def _show(self, value: object) -> str:
         if isinstance(value, Ramp):
-            return f"{value.shape}({self._shown(value.start)} -> {self._shown(value.end)})"
+            rate = f", by {self._shown(value.rate)} per {value.per[:-1]}" if isinstance(value, SteadyRamp) else ""
+            return f"{value.shape}({self._shown(value.start)} -> {self._shown(value.end)}{rate})"
         return self._shown(value) if isinstance(value, int | float) and not isinstance(value, bool) else show(value)
 
 

@@ -32,6 +32,14 @@ def length_problems(phases: Iterable[Phase], epochs: float | None) -> list[Diagn
 def _without_window(phase: Phase, action: Action) -> Iterator[Diagnostic]:
     outside = phase.name == START
     why = "what stands in no phase happens at once" if outside else f"phase `{phase.name}` happens at once"
+    for pair in action.pairs:
+        for name, value in pair.values.items():
+            if isinstance(value, Ramp):
+                yield Diagnostic(
+                    "FXC0520", f"the ramp of `{name}` has no time to run: {why}", Label(pair.span),
+                    secondary=() if outside else (Label(phase.span, "has no window"),),
+                    help=f"{'put it into a phase with a window' if outside else 'give the phase a window'}: "
+                         f"`phase {'learn' if outside else phase.name} over epochs 0..10`")
     for name, value in action.values.items():
         if isinstance(value, Ramp) or (name == "every" and isinstance(value, Duration)):
             what = f"the ramp of `{name}`" if isinstance(value, Ramp) else f"`{name}`"

@@ -75,7 +75,8 @@ def _node(found: object) -> ast.Node | None:
 _NOUNS: dict[type, str] = {
     ast.String: "the text", ast.Regex: "the regular expression", ast.Ratio: "the ratio", ast.Star: "the selector",
     ast.Where: "the selector", ast.SetOf: "the selector", ast.FlowOf: "the selector", ast.Compare: "the comparison",
-    ast.Share: "the share", ast.Arrow: "the range", ast.Group: "the group", ast.Name: "the name", ast.Call: "the call",
+    ast.Share: "the share", ast.Rate: "the rate", ast.Arrow: "the range",
+    ast.Group: "the group", ast.Name: "the name", ast.Call: "the call",
     ast.Number: "the number", ast.Quantity: "the quantity",
 }
 

@@ -78,6 +78,21 @@ class Ramp:
 
 
 @dataclass(frozen=True)
+class SteadyRamp(Ramp):
+    """A value that moves by the same amount every step or epoch until it has reached `end`, however long its phase is:
+    `linear(10 -> 1, by 0.07 per step)`. The end is its floor (or its ceiling); at the end of the phase it is written,
+    as that of any ramp."""
+
+    rate: float = 0.0  # more than 0
+    per: Literal["steps", "epochs"] = "steps"
+
+    def after(self, elapsed: float) -> float:
+        """The value when `elapsed` steps or epochs have passed since the phase began; parts of one don't count."""
+        moved = self.rate * max(0, math.floor(elapsed + 1e-9))
+        return min(self.end, self.start + moved) if self.end >= self.start else max(self.end, self.start - moved)
+
+
+@dataclass(frozen=True)
 class Unset:
     """The value of a parameter that rests on policy parameters not given yet: checked by their declared types only."""
 

@@ -10,6 +10,9 @@ KEYWORDS = (*STATEMENTS, *MODIFIERS, *CLAUSES)
 #: words that can't name a `let`, a parameter or a preset: they would never be read as that name
 RESERVED = frozenset({*KEYWORDS, "true", "false", "output"})
 
+OUTPUT, TARGETS = "output", "targets"  # ends of a pair: what a model gives, and the labels it is trained on
+ORIGINAL = "original"  # the teacher that needs no parameter: the model as it was captured, before any rewrite
+
 UNITS = ("%", "k", "M", "G", "B", "kB", "MB", "GB", "KiB", "MiB", "GiB", "bits", "steps", "epochs", "samples", "us",
          "ms", "s")
 
