@@ -56,6 +56,13 @@ class Plain(nn.Module):
         return self.fc2(torch.relu(self.fc1(x.flatten(1))))
 
 
+def plain() -> Plain:
+    return Plain()
+
+
+plain.example_inputs = EXAMPLE  # type: ignore[attr-defined]
+
+
 def samples(count: int, seed: int) -> TensorDataset:
     """Images that lie around one of four patterns."""
     generator = torch.Generator().manual_seed(seed)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
+
 from ..diagnostics import Diagnostic, Label, PlanError
 from ..passbase import Facet
 from ..plan import lower
@@ -35,9 +37,10 @@ def accelerator_for(policy: Policy, settings: Settings) -> Accelerator:
                                     help="pip install 'fxcompress[train]'")]) from error
     loading = DataLoaderConfiguration(split_batches=True, dispatch_batches=False, even_batches=True,
                                       use_seedable_sampler=False)
+    # Without a GPU it has to be told, or the processes of a launcher would know nothing of each other.
+    on_cpu = settings.device == "cpu" or not torch.accelerator.is_available()
     try:
-        made = Accelerator(mixed_precision=_MIXED[policy.precision], cpu=settings.device == "cpu",
-                           dataloader_config=loading, rng_types=[])
+        made = Accelerator(mixed_precision=_MIXED[policy.precision], cpu=on_cpu, dataloader_config=loading, rng_types=[])
     except ValueError as error:
         raise PlanError([Diagnostic(
             "FXC0807", f"Accelerate can't train so: {str(error).splitlines()[0]}",
