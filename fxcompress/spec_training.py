@@ -15,7 +15,6 @@ as it likes.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -33,6 +32,14 @@ FORMS = ("mnist5k, imagefolder:DIR, torchvision:NAME:DIR, package.module:factory
 VALIDATION = ("val", "valid", "validation", "test")  # what the folder of validation images may be called
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 GREY = ((0.5,), (0.5,))
+# How the datasets of torchvision that give an image and its class are asked for their two parts.
+TORCHVISION: Mapping[str, tuple[str, object, object]] = {
+    **dict.fromkeys(("CIFAR10", "CIFAR100", "FashionMNIST", "KMNIST", "MNIST", "QMNIST", "USPS"),
+                    ("train", True, False)),
+    **dict.fromkeys(("Country211", "DTD", "Flowers102", "Food101", "GTSRB", "PCAM", "RenderedSST2", "STL10",
+                     "StanfordCars", "SVHN"), ("split", "train", "test")),
+    "Imagenette": ("split", "train", "val"),
+}
 
 
 def load_training(spec: str, example_inputs: Inputs, seed: int = 0) -> Data:
@@ -107,30 +114,18 @@ def _images(folder: Path, transform: Callable[[Any], Tensor]) -> Any:
 def _torchvision(spec: str, name: str, folder: str, transform: Callable[[Any], Tensor]) -> Data:
     from torchvision import datasets
 
-    known = {each: found for each in datasets.__all__ if _parts(found := getattr(datasets, each)) is not None}
-    if name not in known:
-        near = nearest(name, known, 1)
-        _fail(f"torchvision has no dataset `{name}` with parts for training and test",
-              f"those that can be named: {', '.join(sorted(known))}",
+    if name not in TORCHVISION:
+        near = nearest(name, TORCHVISION, 1)
+        _fail(f"`{name}` is none of torchvision's datasets of images by class",
+              f"those that can be named: {', '.join(sorted(TORCHVISION))}",
               help_=f"did you mean `{near[0]}`?" if near else "write one of them, or a function of your own")
+    word, *parts = TORCHVISION[name]
     made: list[Dataset[Any]] = []
-    for part in _parts(known[name]) or ():
+    for part in parts:
         try:
-            made.append(known[name](folder, transform=transform, download=False, **part))
+            made.append(getattr(datasets, name)(folder, transform=transform, download=False, **{str(word): part}))
         except (RuntimeError, OSError, ValueError) as error:
             words = str(error).splitlines()[0] if str(error) else type(error).__name__
             _fail(f"the dataset of {spec} can't be read: {words}",
                   help_="nothing is downloaded here: put it there first, as torchvision lays it out", cause=error)
     return Data(made[0], made[1], (f"{name} in {folder}: its test part is for validation",))
-
-
-def _parts(kind: Any) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """How a dataset is asked for its training and its test part; None where it has none, or has to download."""
-    accepted = inspect.signature(kind).parameters
-    if not {"root", "transform", "download"} <= accepted.keys():
-        return None
-    if "train" in accepted:
-        return {"train": True}, {"train": False}
-    if "split" in accepted and accepted["split"].default == "train":
-        return {"split": "train"}, {"split": "test"}
-    return None

@@ -23,6 +23,9 @@ from .spec_training import load_training
 from .training import Settings, Trainer
 
 
+ORIGINAL = "original"  # as a teacher: the model itself, as it was before the policy
+
+
 @dataclass(frozen=True)
 class Specs:
     """What is trained on what: SPECs of the model, its teacher and the data, and files of weights."""
@@ -45,7 +48,9 @@ def train_policy(policy_path: Path, specs: Specs, output: Path, choices: Mapping
     np.random.seed(settings.seed % 2**32)
     torch.manual_seed(settings.seed)  # the same weights in each process, and again when it is resumed
     loaded = load_spec(specs.model, specs.weights, policy.inputs)
-    teacher = load_spec(specs.teacher, specs.teacher_weights, policy.inputs).model if specs.teacher else None
+    teacher: Any = specs.teacher
+    if teacher is not None and teacher != ORIGINAL:
+        teacher = load_spec(teacher, specs.teacher_weights, policy.inputs).model
     data = load_training(specs.data, loaded.example_inputs, settings.seed)
     trainer = Trainer(read_policy(policy, None, teacher), loaded.model, data, loaded.example_inputs, output=output,
                       teacher=teacher, settings=settings)

@@ -129,6 +129,19 @@ def grouped(module: nn.Module, groups: Iterable[Iterable[str]]) -> list[dict[str
     return [{"params": [module.get_parameter(name) for name in names]} for names in groups]
 
 
+def beside(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters that `state_dict` leaves out: those of adapters and of learned temperatures."""
+    known = module.state_dict().keys()
+    return {name: parameter.detach() for name, parameter in module.named_parameters() if name not in known}
+
+
+def put_beside(module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Set them to what they were."""
+    with torch.no_grad():
+        for name, value in values.items():
+            module.get_parameter(name).copy_(value)
+
+
 def on_cpu(state: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a state dict of tensors in main memory."""
     return {name: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value

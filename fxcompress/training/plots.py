@@ -53,8 +53,9 @@ def ramps(steps: Sequence[Row]) -> Figure:
         at = float(row["step"])
         for name in ("sparsity", "params", "lr"):
             _put(lines.setdefault(name, {}), name, at, row.get(name))
-        for name, value in row.get("numbers", {}).items():
-            _put(lines.setdefault("ramps", {}), name, at, value)
+        for part, called in (("numbers", "ramps"), ("temperatures", "temperature")):
+            for name, value in row.get(part, {}).items():
+                _put(lines.setdefault(called, {}), name, at, value)
     return _figure(lines, "step", "What the policy did meanwhile")
 
 

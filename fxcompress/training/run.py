@@ -86,6 +86,7 @@ class Run:
         module = self.result.module
         if state is not None:
             module.load_state_dict(state["model"])
+            checkpoint.put_beside(module, state["beside"])
         groups = list(module.parameters()) if state is None else checkpoint.grouped(
             module, state["optimizer"]["groups"])
         self.torch_optimizer = self.result.follow(make_optimizer(settings.optimizer, groups))
@@ -168,7 +169,8 @@ class Run:
                 **({"terms": means} if means else {}), "lr": float(self.torch_optimizer.param_groups[0]["lr"]),
                 "sparsity": sum(mask.masked() for mask in masked) / entries if entries else 0.0,
                 "params": sum(parameter.numel() for parameter in self.module.parameters()),
-                **({"numbers": self.result.numbers} if self.result.numbers else {})}
+                **{name: dict(found) for name in ("numbers", "temperatures")
+                   if (found := getattr(self.result, name, None))}}
 
     def _end_epoch(self) -> Mapping[str, Any]:
         self.result.epoch_end()
@@ -239,6 +241,7 @@ class Run:
         scaler = self.accelerator.scaler
         return {
             "schedule": self.result.state_dict(), "model": self.module.state_dict(),
+            "beside": checkpoint.beside(self.module),
             "optimizer": checkpoint.optimizer_state(self.torch_optimizer, self.module),
             "scheduler": None if self.schedule is None else self.schedule.scheduler.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -39,14 +40,17 @@ def accelerator_for(policy: Policy, settings: Settings) -> Accelerator:
                                       use_seedable_sampler=False)
     # Without a GPU it has to be told, or the processes of a launcher would know nothing of each other.
     on_cpu = settings.device == "cpu" or not torch.accelerator.is_available()
+    wanted = policy.precision or os.environ.get("ACCELERATE_MIXED_PRECISION")  # the launcher's
+    if on_cpu and wanted == "fp16":
+        raise PlanError([Diagnostic("FXC0807", "`fp16` needs a GPU, and this trains on the CPU",
+                                    help="take bf16, which both have: `precision = bf16`")])
     try:
         made = Accelerator(mixed_precision=_MIXED[policy.precision], cpu=on_cpu, dataloader_config=loading, rng_types=[])
     except ValueError as error:
         raise PlanError([Diagnostic(
             "FXC0807", f"Accelerate can't train so: {str(error).splitlines()[0]}",
             notes=(f"the policy's precision is {policy.precision or 'not said'}, the device `{settings.device}`",),
-            help="fp16 needs a GPU; one process trains in one precision and on one device, so begin another process "
-                 "for another")]) from error
+            help="one process trains in one precision and on one device: begin another process for another")]) from error
     if made.distributed_type.name not in _KINDS:
         raise PlanError([Diagnostic(
             "FXC0807", f"a policy can't be trained under {made.distributed_type.name}",

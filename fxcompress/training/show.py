@@ -46,4 +46,5 @@ def words(row: Mapping[str, Any]) -> str:
         said.append(f"sparsity {100 * row['sparsity']:.1f}%")
     said += [f"{name.partition(': ')[2]} {value:.3g}" for name, value in row.get("numbers", {}).items()
              if "sparsity" not in name]
+    said += [f"T({name}) {value:.3g}" for name, value in row.get("temperatures", {}).items()]
     return "  ".join(said)

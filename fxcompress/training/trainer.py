@@ -66,12 +66,12 @@ class Trainer:
     * `output`: the folder of checkpoints, metrics, pictures and the artifact; without it nothing is written
     * further keywords are those of `Settings`, or a whole `settings=`
 
-    `model` is moved to the device that trains. Raises FxcError with all diagnostics of policy, settings and data before
+    `model` and teacher are moved to the device that trains. Raises FxcError with all diagnostics of policy, settings and data before
     anything is trained.
     """
 
     def __init__(self, policy: Policy | str | Path, model: nn.Module, data: object, example_inputs: Any = None, *,
-                 output: str | Path | None = None, teacher: nn.Module | None = None,
+                 output: str | Path | None = None, teacher: Any = None,
                  params: Mapping[str, object] | None = None, loss: Loss | str | None = None,
                  metrics: Metrics | None = None, settings: Settings | None = None, **keywords: Any) -> None:
         """Checks everything, and trains nothing."""
@@ -82,7 +82,7 @@ class Trainer:
         self.data = Data.of(data, self.settings.seed)
         self.accelerator: Accelerator = accelerator_for(self.policy, self.settings)
         self.folder = Path(output) if output is not None else None
-        self._source = (policy, dict(params or {}), teacher)
+        self._source = (policy, dict(params or {}), _on(teacher, self.accelerator.device))
         named, classes = make_loss(self.settings.loss)
         own = loss if callable(loss) else None
         self.loss: Loss = own if own is not None else named
@@ -201,6 +201,10 @@ def accuracy(output: Tensor, target: Tensor) -> Tensor:
     by the greatest."""
     named = target.argmax(1) if target.is_floating_point() else target
     return (output.argmax(1) == named).double().mean()
+
+
+def _on(teacher: Any, device: torch.device) -> Any:
+    return teacher.to(device) if isinstance(teacher, nn.Module) else teacher
 
 
 def _moved(value: Any, device: torch.device) -> Any:
