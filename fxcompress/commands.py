@@ -114,7 +114,7 @@ def compile(policy_path: Path, spec: str, weights: Path | None = None, params: P
     sys.stdout.write(clean(inspection.report(deployed, name=f"policy {policy.name}").show(), keep_newlines=True))
     if any(phase.window is not None for phase in policy.phases):
         print("\nnote: nothing was trained: every phase ran at once, and every ramp went straight to its end.\n"
-              "      To train along, call fxcompress.compile from Python.")
+              "      To train along: `fxcompress train`, or fxcompress.compile from Python.")
     print(f"\nthe artifact is in {output}")
     return 0
 

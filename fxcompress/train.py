@@ -22,7 +22,6 @@ from .spec import load_spec
 from .spec_training import load_training
 from .training import Settings, Trainer
 
-
 ORIGINAL = "original"  # as a teacher: the model itself, as it was before the policy
 
 

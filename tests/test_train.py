@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -194,8 +195,8 @@ TICKET = """policy ticket {
 
 
 def iterate(rewind: bool, rounds: tuple[tuple[int, float], ...]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Train, prune the smallest of all weights that the linear layers have, rewind (or not), repeat, with plain SGD. Each
-    round is (epochs, sparsity); the last one only trains. Returns weights and masks."""
+    """Train, prune the smallest of all weights that the linear layers have, rewind (or not), repeat, with plain SGD.
+    Each round is (epochs, sparsity); the last one only trains. Returns weights and masks."""
     torch.manual_seed(0)
     model = Plain()
     start = {name: value.clone() for name, value in model.state_dict().items()}
@@ -212,7 +213,8 @@ def iterate(rewind: bool, rounds: tuple[tuple[int, float], ...]) -> tuple[dict[s
                 dense = dict(model.named_parameters())
                 seen = {name: value * keep[name] if name in keep else value for name, value in dense.items()}
                 loss = F.cross_entropy(torch.func.functional_call(model, seen, (images[chosen],)), labels[chosen])
-                for value, gradient in zip(dense.values(), torch.autograd.grad(loss, list(dense.values())), strict=True):
+                gradients = torch.autograd.grad(loss, list(dense.values()))
+                for value, gradient in zip(dense.values(), gradients, strict=True):
                     value.data -= 0.05 * gradient
             epoch += 1
         if sparsity < 0:
@@ -403,3 +405,22 @@ def test_without_validation_data_the_last_weights_are_kept() -> None:
     trained = trainer(given=fxcompress.training.Data(samples(96, 2))).fit()
     assert trained.best_epoch is None and trained.final == {} and "validation" not in trained.history[0]
     assert SETTINGS["epochs"] == len(trained.history)
+
+
+def test_policies_in_the_manual_are_right() -> None:
+    from fxcompress.policy import check_source, format_policy
+    from fxcompress.source import Source
+
+    text = (Path(__file__).parent.parent / "docs/training.md").read_text(encoding="utf-8")
+    policies = re.findall(r"^```fxc\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert len(policies) == 2
+    for policy in policies:
+        assert check_source(Source("manual", policy)).diagnostics == () and format_policy(policy) == policy
+    options = set(re.findall(r"`(--[a-z-]+)", text)) - {"--cpu", "--multi_gpu", "--no-keep-best"}
+    from typer.main import get_command
+
+    from fxcompress.app import app
+
+    command: Any = get_command(app)
+    known = {name for option in command.commands["train"].params for name in option.opts}
+    assert options <= known

@@ -33,8 +33,9 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # On a machine without a GPU this is the launcher of several CPU processes too: `--cpu` would want MPI.
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port)]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+              "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port",
+              str(port)]
     done = subprocess.run([*launch, HERE / "train_ranks.py", folder, *command(folder, "two")], check=False, text=True,
                           capture_output=True, env=environment(), timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -60,8 +61,11 @@ def test_one_process_comes_to_the_same_weights(ranks: tuple[Path, str], tmp_path
     from test_train import run
 
     assert run(command(tmp_path, "one")) == 0
-    one = read(tmp_path / "one", "checkpoint.pt")["model"]
-    two = read(ranks[0] / "two", "checkpoint.pt")["model"]
+    ours, theirs = read(tmp_path / "one", "checkpoint.pt"), read(ranks[0] / "two", "checkpoint.pt")
+    for mine, other in zip(ours["history"], theirs["history"], strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert mine["validation"] == pytest.approx(other["validation"], rel=1e-4)  # 40 samples, two batches and a half
+    one, two = ours["model"], theirs["model"]
     assert one.keys() == two.keys()
     for name, value in one.items():
         if name.endswith(".mask"):

@@ -20,7 +20,7 @@ from fxcompress.training.run import Run
 HERE = Path(__file__).parent
 
 
-class Stop(Exception):
+class Stop(Exception):  # noqa: N818 (nothing went wrong)
     """In place of a crash."""
 
 

@@ -45,12 +45,13 @@ def accelerator_for(policy: Policy, settings: Settings) -> Accelerator:
         raise PlanError([Diagnostic("FXC0807", "`fp16` needs a GPU, and this trains on the CPU",
                                     help="take bf16, which both have: `precision = bf16`")])
     try:
-        made = Accelerator(mixed_precision=_MIXED[policy.precision], cpu=on_cpu, dataloader_config=loading, rng_types=[])
+        made = Accelerator(mixed_precision=_MIXED[policy.precision], cpu=on_cpu, dataloader_config=loading,
+                           rng_types=[])
     except ValueError as error:
         raise PlanError([Diagnostic(
             "FXC0807", f"Accelerate can't train so: {str(error).splitlines()[0]}",
             notes=(f"the policy's precision is {policy.precision or 'not said'}, the device `{settings.device}`",),
-            help="one process trains in one precision and on one device: begin another process for another")]) from error
+            help="one process trains in one precision and on one device: begin a new process for another")]) from error
     if made.distributed_type.name not in _KINDS:
         raise PlanError([Diagnostic(
             "FXC0807", f"a policy can't be trained under {made.distributed_type.name}",

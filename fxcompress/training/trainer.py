@@ -66,8 +66,8 @@ class Trainer:
     * `output`: the folder of checkpoints, metrics, pictures and the artifact; without it nothing is written
     * further keywords are those of `Settings`, or a whole `settings=`
 
-    `model` and teacher are moved to the device that trains. Raises FxcError with all diagnostics of policy, settings and data before
-    anything is trained.
+    `model` and teacher are moved to the device that trains. Raises FxcError for what is wrong with policy, settings or
+    data before anything is trained.
     """
 
     def __init__(self, policy: Policy | str | Path, model: nn.Module, data: object, example_inputs: Any = None, *,
