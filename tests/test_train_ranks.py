@@ -12,6 +12,8 @@ import pytest
 import torch
 from train_nets import POLICY, SETTINGS, environment
 
+from fxcompress.passbase import VERBS
+
 HERE = Path(__file__).parent
 
 
@@ -47,7 +49,7 @@ def read(folder: Path, name: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("name", ["command", "norm"])
+@pytest.mark.parametrize("name", ["command", "norm", *(["distill"] if "distill" in VERBS else [])])
 def test_both_processes_end_alike(ranks: tuple[Path, str], name: str) -> None:
     one, two = (read(ranks[0], f"{name}{rank}.pt") for rank in (0, 1))
     assert one["code"] == two["code"] and one["history"] == two["history"]

@@ -30,6 +30,23 @@ POLICY = """policy small {
 """
 
 
+# A teacher whose features need an adapter, a mask beside it, and channels that leave when it has gone.
+DISTILL = """policy taught(teacher: model) {
+    phase learn over epochs 0..4 {
+        distill from teacher {
+            pair output <- output { loss = kl, temperature = linear(8 -> 1), weight = 0.9 }
+            pair output <- targets { loss = cross_entropy, weight = 0.1 }
+            pair "conv" <- "conv" { loss = hint, weight = 0.01 }
+        }
+        mask linear { sparsity = linear(0% -> 50%), every = 2 steps }
+    }
+    phase thin after learn {
+        remove channels(conv2d) { ratio = 50% }
+    }
+}
+"""
+
+
 class Net(nn.Module):
     def __init__(self, seed: int = 0, dropout: float = 0.2) -> None:
         super().__init__()
@@ -40,6 +57,16 @@ class Net(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.norm(self.conv(x)))
         return self.fc2(self.drop(torch.relu(self.fc1(x.flatten(1)))))
+
+
+class Teacher(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.conv, self.fc = nn.Conv2d(1, 11, 3), nn.Linear(11 * 16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(torch.relu(self.conv(x)).flatten(1))
 
 
 class Plain(nn.Module):

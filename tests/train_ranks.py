@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import torch
-from train_nets import data, state_of, trainer
+from train_nets import DISTILL, Teacher, data, state_of, trainer
 
 from fxcompress.cli import run
+from fxcompress.passbase import VERBS
 from fxcompress.training import Trained, Trainer
 from fxcompress.training import trainer as module
 
@@ -43,6 +44,9 @@ def main() -> None:
     # With a norm over the batch and dropout the processes see different things; they must come to the same anyway.
     again = trainer(given=data())
     keep("norm", again.fit(), again.accelerator.process_index)
+    if "distill" in VERBS:
+        taught = trainer(policy=DISTILL, given=data(), teacher=Teacher())
+        keep("distill", taught.fit(), taught.accelerator.process_index)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,6 @@ def words(row: Mapping[str, Any]) -> str:
     if row.get("sparsity"):
         said.append(f"sparsity {100 * row['sparsity']:.1f}%")
     said += [f"{name.partition(': ')[2]} {value:.3g}" for name, value in row.get("numbers", {}).items()
-             if "sparsity" not in name]
+             if "sparsity" not in name and not ("temperature" in name and "temperatures" in row)]
     said += [f"T({name}) {value:.3g}" for name, value in row.get("temperatures", {}).items()]
     return "  ".join(said)
