@@ -130,6 +130,14 @@ def test_it_stops_when_nothing_gets_better() -> None:
     assert trained.result.clock.epochs < 9 and trained.result.done
 
 
+@pytest.mark.parametrize("text", ["SGD(**{'lr': 1})", "SGD(0.1)", "torch.optim.SGD(lr=1)", "SGD(lr=open('x'))", "",
+                                  "LBFGS", "SGD(lr=0.1", "(" * 500, "Optimizer"])
+def test_names_with_settings_are_not_evaluated(text: str) -> None:
+    with pytest.raises(PlanError) as caught:
+        make_optimizer(text, [nn.Parameter(torch.zeros(1))])
+    assert code_of(caught) == "FXC0803"
+
+
 def test_metrics_of_ones_own_and_their_names() -> None:
     def top2(output: Tensor, target: Tensor) -> Tensor:
         return (output.topk(2, 1).indices == target[:, None]).any(1).double().mean()

@@ -137,6 +137,18 @@ def test_a_failing_write_leaves_the_old_one(tmp_path: Path) -> None:
     assert checkpoint.load(path)["step"] == 1 and [each.name for each in tmp_path.iterdir()] == [checkpoint.NAME]
 
 
+def test_a_new_run_is_not_resumed_from_the_old_one(tmp_path: Path) -> None:
+    def stop(run: Run, moment: str) -> None:
+        raise Stop
+
+    trainer(tmp_path).fit()
+    with pytest.raises(Stop):
+        trainer(tmp_path).fit(told=stop)
+    with pytest.raises(PlanError) as caught:
+        trainer(tmp_path).fit(resume=True)
+    assert "no checkpoint" in refused(caught)
+
+
 def test_metrics_are_lines_of_json(tmp_path: Path) -> None:
     trained = trainer(tmp_path).fit()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

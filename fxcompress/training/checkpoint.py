@@ -7,7 +7,8 @@ import os
 import pickle
 import random
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +44,30 @@ def write_bytes(path: Path, write: Any) -> None:
         os.close(folder)
 
 
-def sweep(folder: Path) -> None:
-    """Remove what killed processes left half written."""
-    for path in folder.glob(f".{NAME}.*"):
-        path.unlink(missing_ok=True)
+def make_ready(folder: Path, *, resume: bool) -> None:
+    """Make the folder of a run; what killed processes left half written goes, and so does the checkpoint of an earlier
+    run unless it is resumed. Raises PlanError (FXC0809)."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in [*folder.glob(f".{NAME}.*"), *([] if resume else [folder / NAME])]:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the system says of files becomes a PlanError (FXC0809)."""
+    try:
+        yield
+    except OSError as error:
+        raise PlanError([Diagnostic("FXC0809", f"the training can't write to {path}: {error.strerror or error}",
+                                    help="name a folder that can be made and written to, with room for checkpoints")
+                         ]) from error
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a checkpoint."""
-    write_bytes(path, lambda file: torch.save({"format": FORMAT, **state}, file))
+    """Write a checkpoint. Raises PlanError (FXC0809)."""
+    with writing(path):
+        write_bytes(path, lambda file: torch.save({"format": FORMAT, **state}, file))
 
 
 def load(path: Path) -> dict[str, Any]:

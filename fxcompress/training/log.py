@@ -39,7 +39,7 @@ class Log:
         self.path, self.table = folder / "metrics.jsonl", folder / "metrics.csv"
         self.file = open(self.path, "ab" if size is not None else "wb")  # noqa: SIM115 (open as long as the run is)
         if size is not None:
-            self.file.truncate(size)
+            self.file.truncate(min(size, self.path.stat().st_size))
             self.file.seek(0, io.SEEK_END)
         self.board = _board(folder / "tensorboard", step if size is not None else None)
 

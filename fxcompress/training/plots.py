@@ -51,8 +51,8 @@ def ramps(steps: Sequence[Row]) -> Figure:
     lines: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for row in steps:
         at = float(row["step"])
-        for name in ("sparsity", "params", "lr"):
-            _put(lines.setdefault(name, {}), name, at, row.get(name))
+        for name, called in (("sparsity", "sparsity"), ("params", "parameters"), ("lr", "learning rate")):
+            _put(lines.setdefault(called, {}), name, at, row.get(name))
         for part, called in (("numbers", "ramps"), ("temperatures", "temperature")):
             for name, value in row.get(part, {}).items():
                 _put(lines.setdefault(called, {}), name, at, value)
@@ -88,5 +88,7 @@ def _lines(axes: Axes, name: str, lines: Mapping[str, Sequence[tuple[float, floa
     axes.grid(axis="y", color="#e4e4e4", lw=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    if len(lines) > 1:
+    if name in ("sparsity", "parameters", "learning rate"):
+        axes.set_ylim(bottom=0)
+    if len(lines) > 1 or name == "ramps":
         axes.legend(frameon=False, fontsize=7)

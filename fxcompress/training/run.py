@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from ..diagnostics import Diagnostic, PlanError
 from ..engine import Result
+from ..graph.trace_errors import RAISED_BY_MODELS
 from ..nn import Mask
 from . import checkpoint
 from .best import Best
@@ -132,7 +134,7 @@ class Run:
         whole, accelerator = self.wrapped.fit(), self.accelerator
         for place, batch in enumerate(parts, 1):
             with nullcontext() if place == len(parts) else accelerator.no_sync(whole):
-                loss, terms = whole(*parted(batch))
+                loss, terms = self._loss(whole, batch)
                 accelerator.backward(loss / len(parts))
             for running in (self.running, self.whole_epoch):
                 running.add({"": loss, **terms})
@@ -146,6 +148,22 @@ class Run:
             self.schedule.step()
         self.in_epoch += 1
         self.steps += 1
+
+    @staticmethod
+    def _loss(whole: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        args, kwargs, target = parted(batch)
+        try:
+            loss, terms = whole(args, kwargs, target)
+        except RAISED_BY_MODELS as error:
+            named = {**{f"input {place}": value for place, value in enumerate(args, 1)}, **kwargs, "target": target}
+            shapes = [f"{name} {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+                      for name, value in named.items() if isinstance(value, Tensor)]
+            words = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise PlanError([Diagnostic(
+                "FXC0802", f"the model or its loss fails on a batch: {words}",
+                notes=(f"the batch: {', '.join(shapes)}",),
+                help="look whether the data fit the model, and the targets the loss")]) from error
+        return loss, terms
 
     def _told_step(self) -> Mapping[str, Any] | None:
         row = None

@@ -103,9 +103,9 @@ class Named:
             tree = ast.parse(text.strip(), mode="eval").body
             if isinstance(tree, ast.Name):
                 return cls(tree.id, {})
-            if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) and not tree.args:
-                return cls(tree.func.id, {str(item.arg): ast.literal_eval(item.value) for item in tree.keywords
-                                          if item.arg is not None})
+            if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) and not tree.args and all(
+                    item.arg is not None for item in tree.keywords):
+                return cls(tree.func.id, {str(item.arg): ast.literal_eval(item.value) for item in tree.keywords})
         except (SyntaxError, ValueError, MemoryError, RecursionError):
             pass
         _fail(f"`{text}` names no {what}", help_="write a name, or a name with settings: `SGD(lr=0.1, momentum=0.9)`")

@@ -101,13 +101,12 @@ class Trainer:
         weights as if it had never stopped. `progress` draws a bar on a terminal, `say` is given a line an epoch, and
         `told` the run behind every step, epoch and before every checkpoint.
 
-        Raises FxcError: FXC0805 for a checkpoint that isn't there or of another run, and whatever the passes of a phase
-        and `Result.finalize` raise.
+        Raises FxcError: FXC0805 for a checkpoint that isn't there or of another run, FXC0802 where model or loss fail
+        on a batch, FXC0809 where nothing can be written, and whatever the passes of a phase and `Result.finalize` raise.
         """
         main = self.accelerator.is_main_process
         if self.folder is not None and main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            checkpoint.sweep(self.folder)
+            checkpoint.make_ready(self.folder, resume=resume)
         self.accelerator.wait_for_everyone()
         identity: dict[str, Any] = {"settings": self.settings.counts, "initial": checkpoint.print_of(self.model)}
         state = checkpoint.load((self.folder or Path()) / checkpoint.NAME) if resume else None
