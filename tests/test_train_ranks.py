@@ -49,7 +49,7 @@ def read(folder: Path, name: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("name", ["command", "norm", *(["distill"] if "distill" in VERBS else [])])
+@pytest.mark.parametrize("name", ["command", "norm", "resumed", *(["distill"] if "distill" in VERBS else [])])
 def test_both_processes_end_alike(ranks: tuple[Path, str], name: str) -> None:
     one, two = (read(ranks[0], f"{name}{rank}.pt") for rank in (0, 1))
     assert one["code"] == two["code"] and one["history"] == two["history"]
@@ -76,6 +76,13 @@ def test_one_process_comes_to_the_same_weights(ranks: tuple[Path, str], tmp_path
             assert value.shape == two[name].shape
             torch.testing.assert_close(value, two[name], rtol=1e-4, atol=1e-5)
     assert one["conv1.weight"].shape[0] == 4 and one["conv1.weight_mask.evidence"].abs().max() > 0
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_two_processes_are_resumed_with_the_random_numbers_of_each(ranks: tuple[Path, str], rank: int) -> None:
+    whole, resumed = read(ranks[0], f"norm{rank}.pt"), read(ranks[0], f"resumed{rank}.pt")
+    assert whole["history"] == resumed["history"]  # with dropout, which draws otherwise on each process
+    assert all(torch.equal(value, resumed["state"][name]) for name, value in whole["state"].items())
 
 
 def test_one_process_speaks(ranks: tuple[Path, str]) -> None:

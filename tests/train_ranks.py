@@ -15,6 +15,7 @@ from fxcompress.cli import run
 from fxcompress.passbase import VERBS
 from fxcompress.training import Trained, Trainer
 from fxcompress.training import trainer as module
+from fxcompress.training.run import Run
 
 FOLDER = Path(sys.argv[1])
 
@@ -33,6 +34,12 @@ class Watched(Trainer):
         return trained
 
 
+def stop(run: Run, moment: str) -> None:
+    """In place of a crash, of all processes at the same step."""
+    if moment == "step" and run.steps == 23:
+        raise StopIteration
+
+
 def main() -> None:
     from fxcompress import train
 
@@ -44,6 +51,12 @@ def main() -> None:
     # With a norm over the batch and dropout the processes see different things; they must come to the same anyway.
     again = trainer(given=data())
     keep("norm", again.fit(), again.accelerator.process_index)
+    try:
+        trainer(FOLDER / "stopped", given=data(), checkpoint_every=5).fit(told=stop)
+    except StopIteration:
+        pass
+    again = trainer(FOLDER / "stopped", given=data())
+    keep("resumed", again.fit(resume=True), again.accelerator.process_index)
     if "distill" in VERBS:
         taught = trainer(policy=DISTILL, given=data(), teacher=Teacher())
         keep("distill", taught.fit(), taught.accelerator.process_index)

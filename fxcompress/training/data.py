@@ -131,6 +131,22 @@ class Samples(Dataset[Any]):
         with seeded(number(self.seed, epoch, index)):
             return self.dataset[index]
 
+    def __getitems__(self, places: list[tuple[int, int]]) -> Any:
+        """A batch's samples; those of tensors at once, as the batch."""
+        if not self.plain:
+            return [self[place] for place in places]
+        chosen = torch.tensor([index for _, index in places])
+        return Batch([tensor[chosen] for tensor in cast(TensorDataset, self.dataset).tensors])
+
+
+class Batch(list[Tensor]):
+    """Samples that are a batch already."""
+
+
+def collated(samples: Any) -> Any:
+    """Samples as a batch."""
+    return list(samples) if isinstance(samples, Batch) else default_collate(samples)
+
 
 def training_loader(data: Data, batch: int, parts: int, seed: int, workers: int) -> tuple[DataLoader[Any], Order]:
     """Batches of `batch / parts` samples, and their order. Raises PlanError (FXC0802) for less than one batch."""
@@ -142,7 +158,7 @@ def training_loader(data: Data, batch: int, parts: int, seed: int, workers: int)
     order = Order(count, batch, seed)
     loader: DataLoader[Any] = DataLoader(
         Samples(data.train, seed), batch_size=batch // parts, sampler=cast("Sampler[Any]", order), drop_last=True,
-        num_workers=workers, generator=torch.Generator().manual_seed(seed))
+        collate_fn=collated, num_workers=workers, generator=torch.Generator().manual_seed(seed))
     return loader, order
 
 
@@ -152,7 +168,7 @@ def validation_loader(data: Data, batch: int, seed: int, workers: int) -> DataLo
         return None
     places = [(0, index) for index in range(length(data.validation))]
     return DataLoader(Samples(data.validation, seed), batch_size=batch, sampler=cast("Sampler[Any]", places),
-                      num_workers=workers, generator=torch.Generator().manual_seed(seed))
+                      collate_fn=collated, num_workers=workers, generator=torch.Generator().manual_seed(seed))
 
 
 def parted(batch: Any) -> Sample:

@@ -101,8 +101,8 @@ class Trainer:
         weights as if it had never stopped. `progress` draws a bar on a terminal, `say` is given a line an epoch, and
         `told` the run behind every step, epoch and before every checkpoint.
 
-        Raises FxcError: FXC0805 for a checkpoint that isn't there or of another run, FXC0802 where model or loss fail
-        on a batch, FXC0809 where nothing can be written, and whatever the passes of a phase and `Result.finalize` raise.
+        Raises FxcError: FXC0805 for a checkpoint that isn't there or of another run; FXC0802 where model or loss fail
+        on a batch; FXC0809 where nothing can be written; and whatever the passes of a phase and `finalize` raise.
         """
         main = self.accelerator.is_main_process
         if self.folder is not None and main:
