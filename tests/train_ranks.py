@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -51,10 +52,8 @@ def main() -> None:
     # With a norm over the batch and dropout the processes see different things; they must come to the same anyway.
     again = trainer(given=data())
     keep("norm", again.fit(), again.accelerator.process_index)
-    try:
+    with suppress(StopIteration):
         trainer(FOLDER / "stopped", given=data(), checkpoint_every=5).fit(told=stop)
-    except StopIteration:
-        pass
     again = trainer(FOLDER / "stopped", given=data())
     keep("resumed", again.fit(resume=True), again.accelerator.process_index)
     if "distill" in VERBS:

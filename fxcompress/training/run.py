@@ -247,11 +247,12 @@ class Run:
             return
         from accelerate.utils import gather_object
 
-        numbers = gather_object([checkpoint.rng_state()])
+        own = gather_object([{"rng": checkpoint.rng_state(), "running": self.running.state(),
+                              "whole_epoch": self.whole_epoch.state()}])
         if self.accelerator.is_main_process:
             assert self.log is not None
             self.told(self, "checkpoint")
-            checkpoint.save(self.folder / checkpoint.NAME, {**self.identity, **self._state(), "rng": numbers,
+            checkpoint.save(self.folder / checkpoint.NAME, {**self.identity, **self._state(), "processes": own,
                                                             "log": self.log.size()})
         self.accelerator.wait_for_everyone()
 
@@ -265,7 +266,6 @@ class Run:
             "scaler": None if scaler is None else scaler.state_dict(),
             "position": {"epoch": self.epoch, "in_epoch": self.in_epoch, "steps": self.steps},
             "sampler": {"seed": self.order.seed, "epoch_seed": number(self.order.seed, self.epoch)},
-            "running": self.running.state(), "whole_epoch": self.whole_epoch.state(),
             "history": self.history, "stopped": self.stopped,
             "best": None if self.best is None else self.best.state()}
 
@@ -279,15 +279,16 @@ class Run:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         for name, value in state["position"].items():
             setattr(self, name, value)
-        self.running.load(state["running"], self.accelerator.device)
-        self.whole_epoch.load(state["whole_epoch"], self.accelerator.device)
         self.history, self.stopped = list(state["history"]), state["stopped"]
         if self.best is not None:
             self.best.load(state["best"])
         index = self.accelerator.process_index
-        if index < len(state["rng"]):
-            checkpoint.set_rng_state(state["rng"][index])
-        else:
+        own = state["processes"][min(index, len(state["processes"]) - 1)]
+        self.running.load(own["running"], self.accelerator.device)
+        self.whole_epoch.load(own["whole_epoch"], self.accelerator.device)
+        if index < len(state["processes"]):
+            checkpoint.set_rng_state(own["rng"])
+        else:  # there were fewer then
             _seed(number(self.settings.seed, self.steps), index)
 
 
