@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from .policy import load_policy as load_policy
     from .policy import parse as parse
     from .policy.model import Policy as Policy
+    from .training import Trainer as Trainer
 
 __version__ = "0.1.0"
 
@@ -62,6 +63,7 @@ _HOMES = {
     "plan": ("Plan",),
     "engine": ("Result", "compile", "export"),
     "backends": ("load", "save"),
+    "training": ("Trainer",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 _MODULES = ("passes", "plan")  # `fxcompress.plan` is a package that can be called: plan(policy, model, inputs)

@@ -136,6 +136,60 @@ def compile(policy: Policy, model: Spec,
 
 
 @app.command()
+def train(policy: Policy, model: Spec,
+          data: Annotated[str, typer.Option(metavar="SPEC", help="mnist5k, imagefolder:DIR, torchvision:NAME:DIR, "
+                                            "package.module:factory or file.py:factory.")],
+          epochs: Annotated[int, typer.Option(metavar="N", min=1, help="How long to train.")],
+          output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Where checkpoints, metrics, "
+                                               "pictures and the artifact go.")],
+          weights: Weights = None, param: Params = None,
+          teacher: Annotated[str | None, typer.Option(metavar="SPEC", help="The model to distil from.")] = None,
+          teacher_weights: Annotated[Path | None, typer.Option(metavar="FILE", help="The teacher's weights, as "
+                                                               "safetensors.")] = None,
+          batch: Annotated[int, typer.Option(help="Samples of a step, over all processes and parts.")] = 64,
+          optimizer: Annotated[str, typer.Option(help="One of torch.optim, with its settings: "
+                                                 "'SGD(lr=0.1, momentum=0.9)'.")] = "AdamW(lr=0.001)",
+          scheduler: Annotated[str | None, typer.Option(help="One of torch.optim.lr_scheduler, with its settings: "
+                                                        "'CosineAnnealingLR'; its length is that of the "
+                                                        "training.")] = None,
+          scheduler_every: Annotated[str | None, typer.Option(metavar="epoch|step", help="When the scheduler moves, "
+                                                              "where it has no time of its own.")] = None,
+          loss: Annotated[str, typer.Option(help="cross_entropy, nll, mse, l1, smooth_l1, huber or "
+                                            "binary_cross_entropy, with settings: "
+                                            "'cross_entropy(label_smoothing=0.1)'.")] = "cross_entropy",
+          accumulate: Annotated[int, typer.Option(help="Cut each batch into so many parts, to save memory.")] = 1,
+          clip: Annotated[float | None, typer.Option(help="The largest norm of the gradient.")] = None,
+          monitor: Annotated[str | None, typer.Option(help="The metric that says which weights are best: accuracy or "
+                                                      "loss; -NAME where less is better.")] = None,
+          patience: Annotated[int | None, typer.Option(help="Stop after so many epochs without a better one, once the "
+                                                       "policy has come to rest.")] = None,
+          keep_best: Annotated[bool, typer.Option(help="End with the best weights, or with the last ones.")] = True,
+          seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+          calibration: Annotated[int, typer.Option(help="Training samples for what the policy measures on "
+                                                   "data.")] = 256,
+          checkpoint_every: Annotated[int | None, typer.Option(metavar="STEPS", help="Write a checkpoint so often; "
+                                                               "each epoch ends with one anyway.")] = None,
+          log_every: Annotated[int, typer.Option(metavar="STEPS", help="Write a line of metrics so often.")] = 10,
+          workers: Annotated[int, typer.Option(help="Processes that read the data.")] = 0,
+          device: Annotated[str, typer.Option(metavar="auto|cpu", help="A GPU where there is one, or the "
+                                              "CPU.")] = "auto",
+          resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in the output "
+                                               "folder.")] = False) -> None:
+    """Train a model by a policy, all phases in order, and write the finished artifact. Under `accelerate launch -m
+    fxcompress train ...` it runs on several processes."""
+    params = _params(param)
+    from .train import Specs, train_policy
+
+    raise typer.Exit(train_policy(
+        policy, Specs(model, data, weights, teacher, teacher_weights), output, {
+            "epochs": epochs, "batch": batch, "optimizer": optimizer, "scheduler": scheduler,
+            "scheduler_every": scheduler_every, "loss": loss, "accumulate": accumulate, "clip": clip,
+            "monitor": monitor, "patience": patience, "keep_best": keep_best, "seed": seed,
+            "calibration": calibration, "checkpoint_every": checkpoint_every, "log_every": log_every,
+            "workers": workers, "device": device}, params, resume))
+
+
+@app.command()
 def inspect(directory: Annotated[Path, typer.Argument(metavar="DIR", help="An artifact.")],
             format: Annotated[Layout, typer.Option()] = Layout.TEXT,
             plots: Annotated[Path | None,

@@ -40,7 +40,7 @@ P = ParamSpec("P")
 Params = Mapping[str, object]
 
 
-def _reporting(command: Callable[P, int]) -> Callable[P, int]:
+def reporting(command: Callable[P, int]) -> Callable[P, int]:
     """Print the diagnostics that `command` raises; the exit code is 2 for a wrong SPEC, else 1."""
 
     @functools.wraps(command)
@@ -82,7 +82,7 @@ def check_model(policy_paths: Sequence[Path], spec: str, params: Params | None =
     return 2 if wrong_spec else int(errors > 0)
 
 
-@_reporting
+@reporting
 def plan(policy_path: Path, spec: str, weights: Path | None = None, params: Params | None = None,
          output: Path | None = None, format: str = "text", verbose: bool = False, teacher: str | None = None) -> int:
     """Print what the policy would do to the model (`text`, layer by layer if `verbose`, or `json`), and save it as JSON
@@ -96,7 +96,7 @@ def plan(policy_path: Path, spec: str, weights: Path | None = None, params: Para
     return 0
 
 
-@_reporting
+@reporting
 def compile(policy_path: Path, spec: str, weights: Path | None = None, params: Params | None = None,
             output: Path = Path("out"), plan_file: Path | None = None, calibration: str | None = None,
             teacher: str | None = None) -> int:
@@ -120,7 +120,7 @@ def compile(policy_path: Path, spec: str, weights: Path | None = None, params: P
     sys.stdout.write(clean(inspection.report(deployed, name=f"policy {policy.name}").show(), keep_newlines=True))
     if any(phase.window is not None for phase in policy.phases):
         print("\nnote: nothing was trained: every phase ran at once, and every ramp went straight to its end.\n"
-              "      To train along, call fxcompress.compile from Python.")
+              "      To train along: `fxcompress train`, or fxcompress.compile from Python.")
     print(f"\nthe artifact is in {output}")
     return 0
 
@@ -139,7 +139,7 @@ def run_through(result: Result) -> None:
     result.clock.steps = result.clock.epochs = result.clock.in_epoch = 0  # nothing was trained, and the report says so
 
 
-@_reporting
+@reporting
 def inspect(directory: Path, format: str = "text", plots: Path | None = None) -> int:
     """Print the report of the artifact in `directory`: `text`, `json`, or `html` for one page with plan and policy.
     Pictures of its quantization go into the folder `plots`."""
@@ -152,7 +152,7 @@ def inspect(directory: Path, format: str = "text", plots: Path | None = None) ->
     return _print(report.show(), report.to_json(), format)
 
 
-@_reporting
+@reporting
 def export(directory: Path, output: Path, format: str | None = None) -> int:
     """Write the artifact in `directory` to `output`: as `onnx`, `openvino` or `pt2`, by its suffix or `format`."""
     found = export_module(load(directory), output, cast(FormatName | None, format))
@@ -163,14 +163,14 @@ def export(directory: Path, output: Path, format: str | None = None) -> int:
     return 0
 
 
-@_reporting
+@reporting
 def diff(before: Path, after: Path, format: str = "text") -> int:
     """Print how the graphs of two artifacts differ, as `text` or `json`."""
     found = inspection.diff(before, after)
     return _print(found.show(), found.to_json(), format)
 
 
-@_reporting
+@reporting
 def explain_layer(directory: Path, layer: str, format: str = "text") -> int:
     """Print each rule that touched `layer` of the artifact in `directory`, as `text` or `json`."""
     found = inspection.explain(directory, layer)

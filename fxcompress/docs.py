@@ -18,7 +18,7 @@ from .diagnostics import Diagnostic, FxcError, PolicyError, nearest
 from .policy import schema
 from .policy.conditions import METRICS
 from .policy.convert import PARAMETER_TYPES
-from .policy.kinds import HELPERS, INPUT_DTYPES, KINDS, PREDICATES, TARGETS
+from .policy.kinds import HELPERS, INPUT_DTYPES, KINDS, PRECISIONS, PREDICATES, TARGETS
 from .policy.tables import grammar_text
 from .policy.units import UNITS
 from .policy.values import RAMPS
@@ -189,7 +189,8 @@ NAME=VALUE`.
 {types}
 
 Element types of inputs: {', '.join(f'`{name}`' for name in INPUT_DTYPES)}. Targets: {', '.join(f'`{name}`' for name in
-TARGETS)}.
+TARGETS)}. `precision = bf16` in a policy says what `fxcompress train` computes in, one of {', '.join(f'`{name}`' for
+name in PRECISIONS)}; the weights stay in float32.
 """
 
 

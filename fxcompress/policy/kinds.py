@@ -59,3 +59,4 @@ HELPERS: Mapping[str, tuple[tuple[str, ...], str]] = {
 DTYPES = ("f64", "f32", "f16", "bf16", "i64", "i32", "i16", "i8", "u8", "bool")
 INPUT_DTYPES = ("f64", "f32", "f16", "bf16", "i64", "i32", "u8", "bool")  # those that `input` may declare
 TARGETS = ("cpu", "cuda", "auto")
+PRECISIONS = ("fp32", "bf16", "fp16")  # `precision = bf16`: what a training computes in; weights stay in float32

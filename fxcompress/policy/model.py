@@ -95,6 +95,7 @@ class Policy:
     name: str
     source: Source = field(compare=False)
     target: str = "cpu"
+    precision: str | None = None  # that `fxcompress train` trains in: a name of `kinds.PRECISIONS`
     inputs: tuple[InputSpec, ...] = ()
     lets: Mapping[str, Selector] = field(default_factory=dict)
     phases: tuple[Phase, ...] = ()

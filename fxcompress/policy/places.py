@@ -24,6 +24,7 @@ STATEMENT: Mapping[type, tuple[str, tuple[str, ...]]] = {
     ast.Pair: ("`pair`", ("action",)),
     ast.Setting: ("a setting", ("action", "preset", "pair")),
 }
+POLICY_SETTINGS = ("precision",)  # the settings that stand in a policy itself
 PLACE = {
     "file": "at the top of a file", "policy": "in a policy", "phase": "in a phase",
     "action": "in the block of an action",
@@ -35,7 +36,8 @@ def check_places(items: Iterable[ast.Statement], place: str, sink: Sink) -> None
     """Report every statement that stands where it can't, in blocks of blocks too. They nest no deeper than brackets."""
     for item in items:
         known = STATEMENT.get(type(item))
-        if known is not None and place not in known[1] and place != "broken":
+        of_policy = place == "policy" and isinstance(item, ast.Setting) and item.key.text in POLICY_SETTINGS
+        if known is not None and place not in known[1] and place != "broken" and not of_policy:
             _misplaced(item, *known, place, sink)
             continue
         inner = getattr(item, "body", None)
