@@ -220,7 +220,7 @@ def _activation(after: After) -> tuple[torch.dtype, str, tuple[float, ...]]:
 
 
 # `onednn::qconv2d_pointwise.binary` that leaves `other` as it is.
-_LIBRARY = torch.library.Library("fxcompress", "FRAGMENT")
+_LIBRARY: Any = torch.library.Library("fxcompress", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(
     "conv2d_add(Tensor q, float q_scale, int q_zero, Tensor weight, Tensor weight_scale, Tensor weight_zero, "
     "Tensor other, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups, float scale, "

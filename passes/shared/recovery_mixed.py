@@ -226,7 +226,7 @@ class _Run:
     def _after(self, changed: set[fx.Node], end: fx.Node, given: Mapping[fx.Node, Any] | None = None) -> _Env:
         """The values up to `end`, which is computed in any case, with those that come after `changed` computed anew:
         what quantizers in it give, rounded, or what is `given`."""
-        env: ChainMap[fx.Node, Any] = ChainMap(dict(given or {}), self.values)  # type: ignore[arg-type]
+        env: ChainMap[fx.Node, Any] = ChainMap(dict(given or {}), self.values)
         self.run.env = env  # type: ignore[assignment]
         dirty = set(given or ())
         for node in self.nodes[:self.nodes.index(end) + 1]:
