@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from fxcompress.diagnostics import PlanError
 from fxcompress.engine import integers
 from fxcompress.graph.ops import kind_of, module_of
 from fxcompress.inspect import report
-from fxcompress.nn import IntConv2d, IntLinear, Quantizer, engines
+from fxcompress.nn import IntConv2d, IntLinear, Quantizer, engines, quantized_dtypes
 from fxcompress.nn.integer import After, Grid, saturates
 from fxcompress.nn.moving import IntMaxPool2d, IntMean, ToInteger
 from fxcompress.nn.scheme import Scheme
@@ -211,6 +212,7 @@ def test_images_become_bytes_in_the_order_of_products(channels: int) -> None:
 @pytest.mark.parametrize("copies", [True, False])
 def test_additions_in_exact_arithmetic(activation: str, gives: Grid | None, copies: bool) -> None:
     torch.manual_seed(3)
+    engine = torch.backends.quantized.engine
     q = torch.randint(0, TOP + 1, (2, 8, 9, 9), dtype=torch.uint8).to(memory_format=torch.channels_last)
     weight = torch.randint(-127, 128, (8, 8, 3, 3), dtype=torch.int8)
     other: Tensor = torch.randint(0, 256, (2, 8, 9, 9), dtype=torch.uint8)
@@ -226,6 +228,21 @@ def test_additions_in_exact_arithmetic(activation: str, gives: Grid | None, copi
     was = other.clone()
     check(layer(q, other), exact(total, after, was, function), after)
     assert not copies or torch.equal(other, was)
+    with quantized_dtypes._SETTING:  # as when another thread packs, or adds
+        other = was.clone()
+        check(layer(q, other), exact(total, after, was, function), after)
+        assert not copies or torch.equal(other, was)
+    assert torch.backends.quantized.engine == engine
+
+
+def test_many_threads_at_once_compute_the_same() -> None:
+    model, x = settled(torchvision.models.resnet18(num_classes=10), 3, 64, 64), noise(2, 3, 64, 64)
+    _, small = deployed(model, x)
+    with torch.inference_mode():
+        expected = small(x)
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda _: small(x), range(16)))
+    assert all(torch.allclose(each, expected, atol=1e-2 * float(expected.abs().max())) for each in found)
 
 
 @pytest.mark.parametrize("rows", [(5,), (2, 3)])

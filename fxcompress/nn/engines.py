@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -51,10 +51,9 @@ def conv2d(layer: IntConv2d, shape: torch.Size) -> Kernel:
         return Kernel("fbgemm", why, _quantized_conv2d(layer, "fbgemm"))
     why = _objection(layer.after) if products < few else f"{products / 1e6:.2g} M products: the faster one at many"
     if _plain(layer.after) and quantized_dtypes.available("onednn"):
-        return Kernel("onednn", why, _quantized_conv2d(layer, "onednn"))
-    packed = _D.qconv_prepack(layer.weight, layer.weight_scale, layer.reads.scale, layer.reads.zero_point,
-                              *layer.settings, shape)
-    return Kernel("onednn", why, _onednn(layer, packed, _conv, _conv_adding, layer.settings))
+        adds = layer.after.adds is not None
+        return Kernel("onednn", why, _adding_conv2d(layer, shape) if adds else _quantized_conv2d(layer, "onednn"))
+    return Kernel("onednn", why, _pointwise(layer, shape))
 
 
 def linear(layer: IntLinear, shape: torch.Size) -> Kernel:
@@ -64,7 +63,7 @@ def linear(layer: IntLinear, shape: torch.Size) -> Kernel:
     if rows < FEW_ROWS and _takes(layer.after):
         packed = quantized_dtypes.pack_linear(layer.weight, layer.weight_scale, layer.bias)
         if layer.after.gives is not None:
-            return Kernel("fbgemm", why, _quantized(layer, packed, quantized_dtypes.linear, torch.contiguous_format))
+            return Kernel("fbgemm", why, _quantized(layer, "linear", packed, torch.contiguous_format))
         reads, relu = (layer.reads.scale, layer.reads.zero_point), layer.after.activation == "relu"
         if layer.after.activation in ("none", "relu"):
             return Kernel("fbgemm", why, lambda q, other: quantized_dtypes.linear_to_floats(
@@ -147,8 +146,7 @@ def _integers(after: After) -> tuple[int, int] | None:
 
 def _plain(after: After) -> bool:
     """Whether the sum is rounded to all of a byte, with nothing but a ReLU before that."""
-    return after.adds is None and after.gives is not None and (
-        _integers(after) in ((0, _TOP), (after.gives.zero_point, _TOP)))
+    return after.gives is not None and _integers(after) in ((0, _TOP), (after.gives.zero_point, _TOP))
 
 
 def _objection(after: After) -> str:
@@ -161,19 +159,50 @@ def _objection(after: After) -> str:
 def _quantized_conv2d(layer: IntConv2d, engine: quantized_dtypes.Engine) -> Callable[[Tensor, Tensor | None], Tensor]:
     packed = quantized_dtypes.pack_conv2d(engine, layer.weight, layer.weight_scale, layer.bias,
                                           *map(_listed, layer.settings))
-    return _quantized(layer, packed, quantized_dtypes.conv2d, torch.channels_last)
+    return _quantized(layer, "conv2d", packed, torch.channels_last)
 
 
-def _quantized(layer: Product, packed: Any, product: Callable[..., Tensor],
+def _quantized(layer: Product, kind: Literal["conv2d", "linear"], packed: Any,
                layout: torch.memory_format) -> Callable[[Tensor, Tensor | None], Tensor]:
     gives, bounds = layer.after.gives, _integers(layer.after)
     assert gives is not None and bounds is not None
     low, high = bounds
     relu = low == gives.zero_point > 0  # at zero_point 0 it is what a byte does anyway
-    grids = ((layer.reads.scale, layer.reads.zero_point), packed, (gives.scale, gives.zero_point), relu)
+    product = quantized_dtypes.product(kind, packed, (layer.reads.scale, layer.reads.zero_point),
+                                       (gives.scale, gives.zero_point), relu, layout)
     if high == _TOP and (relu or low == 0):
-        return lambda q, other: product(q.contiguous(memory_format=layout), *grids)
-    return lambda q, other: product(q.contiguous(memory_format=layout), *grids).clamp_(low, high)
+        return product
+    return lambda q, other: product(q, other).clamp_(low, high)
+
+
+def _adding_conv2d(layer: IntConv2d, shape: torch.Size) -> Callable[[Tensor, Tensor | None], Tensor]:
+    after, gives = layer.after, layer.after.gives
+    assert gives is not None and after.adds is not None
+    packed = quantized_dtypes.pack_conv2d("onednn", layer.weight, layer.weight_scale, layer.bias,
+                                          *map(_listed, layer.settings))
+    product = quantized_dtypes.adding_conv2d(
+        packed, (layer.reads.scale, layer.reads.zero_point), (after.adds.scale, after.adds.zero_point),
+        (gives.scale, gives.zero_point), after.activation == "relu")
+    other_way: list[Callable[[Tensor, Tensor | None], Tensor]] = []
+
+    def add(q: Tensor, other: Tensor | None) -> Tensor:
+        assert other is not None
+        held = other.clone(memory_format=torch.channels_last) if after.copies else other.contiguous(
+            memory_format=torch.channels_last)
+        made = product(q.contiguous(memory_format=torch.channels_last), held)
+        if made is None:  # many threads at once: what they need is packed when they do
+            other_way[:] = other_way or [_pointwise(layer, shape)]
+            made = other_way[0](q, held)
+        return made
+
+    return add
+
+
+def _pointwise(layer: IntConv2d, shape: torch.Size) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """By oneDNN's operator on plain bytes."""
+    packed = _D.qconv_prepack(layer.weight, layer.weight_scale, layer.reads.scale, layer.reads.zero_point,
+                              *layer.settings, shape)
+    return _onednn(layer, packed, _conv, _conv_adding, layer.settings)
 
 
 def _onednn(layer: Product, packed: Tensor, product: Any, adding: Any,

@@ -12,7 +12,6 @@ from . import quantized_dtypes
 from .integer import Grid, is_fake
 
 _VECTOR = 32  # bytes that AVX2 takes at a time
-_PLANES = 4  # channels up to which bytes are sorted plane by plane: what is sorted is a quarter of the floats
 _EXACT = 2**24 // 255  # so many bytes float32 sums exactly
 
 
@@ -35,13 +34,7 @@ class ToInteger(nn.Module):
         if _written_out(x) or x.dtype != torch.float32:
             q = ((x * self._inverse).round() + gives.zero_point).clamp(gives.low, gives.high)
             return q.to(torch.uint8).contiguous(memory_format=layout)
-        if x.dim() == 4 and x.shape[1] <= _PLANES and x.is_contiguous():  # as photographs come
-            q = torch.empty(x.shape, dtype=torch.uint8, memory_format=layout)
-            planes = quantized_dtypes.to_bytes(x, gives.scale, gives.zero_point)
-            for channel in range(x.shape[1]):
-                q[:, channel].copy_(planes[:, channel])
-        else:
-            q = quantized_dtypes.to_bytes(x.contiguous(memory_format=layout), gives.scale, gives.zero_point)
+        q = quantized_dtypes.to_bytes(x, gives.scale, gives.zero_point, layout)
         return q if (gives.low, gives.high) == (0, 255) else q.clamp_(gives.low, gives.high)
 
     def extra_repr(self) -> str:
@@ -135,7 +128,9 @@ class IntMean(nn.Module):
             total = q.permute(0, 2, 3, 1).reshape(count, places, channels).to(torch.float32).sum(1)
         else:
             total = q.sum((2, 3), dtype=torch.int32).to(torch.float32)
-        made = (total - self.reads.zero_point * places) * (self.reads.scale / places)
+        made = total.mul_(self.reads.scale / places)
+        if self.reads.zero_point:
+            made = made.sub_(self.reads.zero_point * self.reads.scale)
         return made[:, :, None, None] if self.keepdim else made
 
     def extra_repr(self) -> str:

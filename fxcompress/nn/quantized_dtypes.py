@@ -8,9 +8,10 @@ matrix much faster, or by oneDNN, which keeps what it has prepared for a shape h
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from threading import Lock
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 Engine = Literal["fbgemm", "onednn"]
 _Q = torch.ops.quantized
+_SETTING = Lock()  # of torch's quantized engine, which all threads share
 _HEAD = "_fxc_head"  # the attribute of bytes that has their quantized tensor
 
 
@@ -54,9 +56,11 @@ def as_bytes(quantized: Tensor, scale: float, zero_point: int) -> Tensor:
     return made
 
 
-def to_bytes(x: Tensor, scale: float, zero_point: int) -> Tensor:
-    """Floats to uint8 (round(x / scale) + zero_point, saturated) in one pass over the memory, in the layout of `x`."""
-    return as_bytes(torch.quantize_per_tensor(x, scale, zero_point, torch.quint8), scale, zero_point)
+def to_bytes(x: Tensor, scale: float, zero_point: int, layout: torch.memory_format) -> Tensor:
+    """Floats to uint8 (round(x / scale) + zero_point, saturated) in one pass over the memory, and then to `layout`:
+    there are fewer bytes to move than floats."""
+    made = torch.quantize_per_tensor(x, scale, zero_point, torch.quint8).contiguous(memory_format=layout)
+    return as_bytes(made, scale, zero_point)
 
 
 def to_floats(q: Tensor, scale: float, zero_point: int) -> Tensor:
@@ -77,10 +81,26 @@ def pack_conv2d(engine: Engine, weight: Tensor, scale: Tensor, bias: Tensor | No
         return _Q.conv2d_prepack(_weight(weight, scale), bias, stride, padding, dilation, groups)
 
 
-def linear(q: Tensor, reads: tuple[float, int], packed: Any, gives: tuple[float, int], relu: bool) -> Tensor:
-    """uint8 [..., in] to uint8 [..., out]; `reads` and `gives` are (scale, zero_point)."""
-    run = _Q.linear_relu if relu else _Q.linear
-    return as_bytes(run(as_quantized(q, *reads), packed, *gives), *gives)
+def product(kind: Literal["conv2d", "linear"], packed: Any, reads: tuple[float, int], gives: tuple[float, int],
+            relu: bool, layout: torch.memory_format) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """What computes uint8 from uint8, of the grids `reads` and `gives` (scale, zero_point), in `layout`. Its second
+    argument isn't read. (It is written in one piece: calls in Python take a tenth of what a small layer does.)"""
+    op = getattr(_Q, f"{kind}_relu" if relu else kind)
+    (scale, zero), (given_scale, given_zero) = reads, gives
+
+    def run(q: Tensor, other: Tensor | None) -> Tensor:
+        kept = q.__dict__.get(_HEAD)
+        if kept is not None and kept[0] == scale and kept[1] == zero:
+            head = kept[2]
+        else:
+            head = as_quantized(q.contiguous(memory_format=layout), scale, zero)
+        made = op(head, packed, given_scale, given_zero)
+        given = torch.empty(0, dtype=torch.uint8).set_(
+            made.untyped_storage(), made.storage_offset(), made.shape, made.stride())
+        given.__dict__[_HEAD] = given_scale, given_zero, made
+        return given
+
+    return run
 
 
 def linear_to_floats(q: Tensor, reads: tuple[float, int], packed: Any, relu: bool) -> Tensor:
@@ -92,10 +112,27 @@ def linear_to_floats(q: Tensor, reads: tuple[float, int], packed: Any, relu: boo
     return found
 
 
-def conv2d(q: Tensor, reads: tuple[float, int], packed: Any, gives: tuple[float, int], relu: bool) -> Tensor:
-    """uint8 [N, C, H, W] to uint8 [N, C', H', W'], both channels-last."""
-    run = _Q.conv2d_relu if relu else _Q.conv2d
-    return as_bytes(run(as_quantized(q, *reads), packed, *gives), *gives)
+def adding_conv2d(packed: Any, reads: tuple[float, int], adds: tuple[float, int], gives: tuple[float, int],
+                  relu: bool) -> Callable[[Tensor, Tensor], Tensor | None]:
+    """The same for a convolution packed for oneDNN, with its second argument added before the sum is rounded: the
+    result takes the memory of that. None, and nothing done, where another thread has a hand on torch's setting of the
+    engine, which this operator asks for at every call."""
+    op, onednn = _Q.conv2d_add_relu if relu else _Q.conv2d_add, torch.backends.quantized._get_qengine_id("onednn")
+
+    def run(q: Tensor, other: Tensor) -> Tensor | None:
+        heads = as_quantized(q, *reads), as_quantized(other, *adds)
+        if not _SETTING.acquire(blocking=False):
+            return None
+        was = torch._C._get_qengine()
+        try:
+            torch._C._set_qengine(onednn)
+            made = op(*heads, packed, *gives)
+        finally:
+            torch._C._set_qengine(was)
+            _SETTING.release()
+        return as_bytes(made, *gives)
+
+    return run
 
 
 def max_pool2d(q: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...],
@@ -114,9 +151,10 @@ def _weight(weight: Tensor, scale: Tensor) -> Tensor:
 @contextmanager
 def _engine(engine: Engine) -> Iterator[None]:
     """Packing asks torch's setting which engine to pack for."""
-    was = torch.backends.quantized.engine
-    torch.backends.quantized.engine = engine
-    try:
-        yield
-    finally:
-        torch.backends.quantized.engine = was
+    with _SETTING:
+        was = torch.backends.quantized.engine
+        torch.backends.quantized.engine = engine
+        try:
+            yield
+        finally:
+            torch.backends.quantized.engine = was
