@@ -32,7 +32,7 @@ BATCH = 21
 BITS: Mapping[str, str] = {"8 and 8": "bits = 8 bits", "7 and 8": "bits = 7 bits",
                            "8 and 7": "bits = 8 bits, weight_bits = 7 bits"}
 KEYS = ("", "correct_bias", "gptq", "gptq, correct_bias", "gptq, correct_bias, mixed", "adaround, correct_bias",
-        "equalize, gptq, correct_bias", "mixed")
+        "adaround, correct_bias, mixed", "mixed")
 
 
 def _settings(bits: str, keys: str) -> str:
@@ -44,8 +44,6 @@ def _settings(bits: str, keys: str) -> str:
 # Name -> the settings of `quantize conv2d | linear`: bits of values and of weights, and what wins accuracy back.
 WAYS: Mapping[str, str] = {
     "weights alone, 8": "mode = weight_only",
-    **{f"8 and 7 of one scale{more}": f"{BITS['8 and 7']}, granularity = per_tensor{more}{' = true' * bool(more)}"
-       for more in ("", ", equalize")},
     **{", ".join(filter(None, (bits, keys))): _settings(bits, keys) for bits in BITS for keys in KEYS},
 }
 

@@ -40,7 +40,10 @@ RATE = 5e-4  # of the epochs after the first training
 PHASE = "policy p {{ phase tune over epochs 0..{epochs} {{ quantize conv2d | linear {{ mode = qat{more} }} }} }}"
 FOUR = ", bits = 4 bits, weight_bits = 4 bits"
 TRAINED = {"qat int8": "", "qat int4": FOUR}  # what is said besides the mode
-STATIC = {"static int8": "", "static int4": FOUR}
+ONE = f"{FOUR}, granularity = per_tensor"  # scale for each weight
+STATIC = {"static int8": "", "static int4": FOUR, "static int4, one scale a weight": ONE,
+          "static int4, one scale, equalize": f"{ONE}, equalize = true",
+          "static int4, one scale, gptq, correct_bias": f"{ONE}, gptq = true, correct_bias = true"}
 
 
 def some(split: Split) -> list[Any]:

@@ -17,6 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 import compensate
+import quantize_accuracy
 import quantize_digits
 import quantize_minilm
 import quantize_sizes
@@ -41,6 +42,7 @@ TABLES: Mapping[str, tuple[Path, Callable[[list[dict[str, Any]]], str]]] = {
     "accuracy": (remove_accuracy.RESULTS, remove_accuracy.table),
     "compensate": (compensate.RESULTS, compensate.table),
     "quantize-speed": (quantize_speed.RESULTS, quantize_speed.table),
+    "quantize-accuracy": (quantize_accuracy.RESULTS, quantize_accuracy.table),
     "quantize-digits": (quantize_digits.RESULTS, quantize_digits.table),
     "quantize-minilm": (quantize_minilm.RESULTS, quantize_minilm.table),
     "quantize-sizes": (quantize_sizes.RESULTS, quantize_sizes.table),
