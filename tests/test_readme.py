@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -30,15 +31,25 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 
 def policy_folder(folder: Path) -> Path:
-    (text,) = blocks("fxc")
-    (folder / "policy.fxc").write_text(text, encoding="utf-8")
+    (folder / "policy.fxc").write_text(blocks("fxc")[0], encoding="utf-8")
     return folder
 
 
-def test_the_policy_is_right_and_formatted() -> None:
-    (text,) = blocks("fxc")
-    assert fxcompress.parse(text).name == "slim"
-    assert fxcompress.format_policy(text) == text
+def test_the_policies_are_right_and_formatted() -> None:
+    policies = blocks("fxc")
+    assert [re.search(r"policy (\w+)", text)[1] for text in policies] == ["slim", "learn"]  # type: ignore[index]
+    assert [fxcompress.format_policy(text) for text in policies] == policies
+    fxcompress.parse(policies[0])
+
+
+def test_the_policy_that_learns_fits_its_models(tmp_path: Path) -> None:
+    """As the command below it has them; and that command knows its options."""
+    (tmp_path / "policy.fxc").write_text(blocks("fxc")[1], encoding="utf-8")
+    (command,) = (block.replace("\\\n", " ").split() for block in blocks("sh") if "fxcompress train" in block)
+    given = dict(pairwise(command))
+    run("fxcompress", "plan", "policy.fxc", "--model", given["--model"], "--teacher", given["--teacher"], cwd=tmp_path)
+    helped = run("fxcompress", "train", "--help", cwd=tmp_path)
+    assert all(option in helped for option in command if option.startswith("--"))
 
 
 def test_the_commands_on_top_are_targets() -> None:
@@ -50,7 +61,8 @@ def test_the_commands_on_top_are_targets() -> None:
 
 def test_the_command_lines_run(tmp_path: Path) -> None:
     folder = policy_folder(tmp_path)
-    for line in blocks("sh")[1].splitlines():
+    (block,) = (block for block in blocks("sh") if "fxcompress check" in block)
+    for line in block.splitlines():
         assert run(*line.partition("#")[0].split(), cwd=folder)
     assert (folder / "out" / "weights.safetensors").exists()
 
