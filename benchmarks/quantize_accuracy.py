@@ -32,7 +32,7 @@ BATCH = 21
 BITS: Mapping[str, str] = {"8 and 8": "bits = 8 bits", "7 and 8": "bits = 7 bits",
                            "8 and 7": "bits = 8 bits, weight_bits = 7 bits"}
 KEYS = ("", "correct_bias", "gptq", "gptq, correct_bias", "gptq, correct_bias, mixed", "adaround, correct_bias",
-        "adaround, correct_bias, mixed", "mixed")
+        "adaround, correct_bias, mixed", "equalize, gptq, correct_bias", "mixed")
 
 
 def _settings(bits: str, keys: str) -> str:

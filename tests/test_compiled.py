@@ -47,6 +47,8 @@ def test_compiled(finished: tuple[fxcompress.Result, Tensor]) -> None:
     for batch in (x, x[:1]):  # another size compiles anew
         made, expected = compiled(batch), plain(batch).detach()
         assert not made.requires_grad and torch.allclose(made, expected, atol=2e-2 * float(expected.abs().max()))
+    with torch.inference_mode():  # is compiled anew too, with frozen weights
+        assert torch.allclose(compiled(x), plain(x), atol=2e-2 * float(expected.abs().max()))
     assert torch.equal(copy.deepcopy(compiled)(x), plain(x))  # a copy isn't compiled
 
 

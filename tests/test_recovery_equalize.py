@@ -181,6 +181,31 @@ def test_smoothing_is_the_papers(mode: str) -> None:
     assert any("smooth: not down: it reads no norm" in note for note in result.notes)
 
 
+class Dropped(nn.Module):
+    """As BERT's embeddings: a dropout stands between the norm and what reads it, a residual among it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.drop = nn.LayerNorm(16), nn.Dropout(0.1)
+        self.q, self.k = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.drop(self.norm(x))
+        return y + self.q(y) * self.k(y).sigmoid()
+
+
+def test_smoothing_behind_a_dropout() -> None:
+    model, x = Dropped().eval(), noise(32, 5, 16)
+    result = compiled("smooth = 50%", model, x)
+    s = model.norm(x).detach().abs().amax((0, 1)).sqrt()
+    s = s / torch.cat([model.q.weight, model.k.weight]).detach().abs().amax(0).sqrt()
+    assert torch.allclose(weight(result, "q"), model.q.weight * s, rtol=1e-4)
+    assert torch.equal(weight(result, "norm"), model.norm.weight)
+    assert apart(in_floats(result, x), model(x)) < 1e-5
+    assert apart(result.finalize(target="cpu")(x), model(x)) < 0.05
+
+
 def test_smoothing_brings_the_embedding_nearer() -> None:
     model, x, fresh = Encoder().eval(), noise(64, 5, 16), noise(64, 5, 16, seed=3)
     found = {key: compiled(key, model, x) for key in ("bits = 6 bits", "bits = 6 bits, smooth = 50%")}

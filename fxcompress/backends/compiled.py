@@ -34,16 +34,22 @@ class Frozen:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the module gives."""
-        shapes = tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf
-                       for leaf in tree_leaves((args, kwargs)))
+        key = (*_state(), *((leaf.shape, leaf.dtype, leaf.is_inference()) if isinstance(leaf, Tensor) else leaf
+                            for leaf in tree_leaves((args, kwargs))))
         with torch.no_grad():
-            if shapes in self._seen:
+            if key in self._seen:
                 return self._run(*args, **kwargs)
             # The tracer looks at the setting too, so that the `options` of `torch.compile` are not enough.
             with torch._inductor.config.patch(freezing=True, cpp_wrapper=True, post_grad_custom_post_pass=AddInPlace()):
                 made = self._run(*args, **kwargs)
-            self._seen.add(shapes)
+            self._seen.add(key)
             return made
+
+
+def _state() -> tuple[Any, ...]:
+    """torch's settings that Dynamo compiles anew for."""
+    return (torch.is_inference_mode_enabled(), torch.get_num_threads(), torch.is_autocast_enabled("cpu"),
+            torch.are_deterministic_algorithms_enabled())
 
 
 def _guards(entries: Sequence[Any]) -> list[bool]:

@@ -33,23 +33,28 @@ def make_room(captured: Captured, products: Iterable[fx.Node]) -> None:
     """Put a product with ones between each norm and the linear layers of `products` that read it, where they aren't its
     only readers. The caller refreshes."""
     wanted = [node for node in products if kind_of(node) == "linear" and node.meta[RECOVERY].smooth]
-    for norm in {source: None for node in wanted if (source := _norm(node)) is not None}:
-        readers = [node for node in wanted if _norm(node) is norm]
-        if set(norm.users) <= set(readers) and _affine(norm) is not None:
+    reading: dict[fx.Node, list[fx.Node]] = {}  # what they read: a norm, or what vanishes behind one
+    for node in wanted:
+        if _norm(node) is not None:
+            reading.setdefault(arguments(node)["input"], []).append(node)
+    for source, readers in reading.items():
+        norm = _norm(readers[0])
+        assert norm is not None
+        if set(_readers(norm)) <= set(wanted) and _affine(norm) is not None:
             continue
-        name = f"{path_of(norm).replace('.', '_') or norm.name}_smoothing"
+        name = f"{path_of(source).replace('.', '_') or source.name}_smoothing"
         width = norm.meta["fxc"].shape[-1]
         device = next((tensor.device for tensor in captured.module.parameters()), None)
         captured.module.register_buffer(name, torch.ones(width, device=device))
-        with captured.graph.inserting_after(norm):
+        with captured.graph.inserting_after(source):
             ones = captured.graph.get_attr(name)
         with captured.graph.inserting_after(ones):
-            made = call(captured.graph, "mul", norm, ones)
+            made = call(captured.graph, "mul", source, ones)
         for node in (ones, made):
-            node.meta["path"] = path_of(norm)
+            node.meta["path"] = path_of(source)
         made.meta[SMOOTHING] = name
         for node in readers:
-            node.replace_input_with(norm, made)
+            node.replace_input_with(source, made)
 
 
 def _norm(node: fx.Node) -> fx.Node | None:
