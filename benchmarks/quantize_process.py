@@ -82,6 +82,13 @@ class Worker:
             pipe.close()
 
 
+def instructions() -> str:
+    """The widest vectors of this CPU, and whether it sums products of bytes without saturating (VNNI)."""
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("flags")[2].partition("\n")[0].split()
+    return ("AVX-512" if "avx512f" in flags else "AVX2") + (
+        " with VNNI" if {"avx512_vnni", "avx_vnni"} & set(flags) else " without VNNI")
+
+
 @dataclass
 class Measured:
     """`times`: seconds of one pass by contestant and round; `errors`: why the others have none."""

@@ -21,12 +21,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 from quantize_models import MODELS, TRANSFORMERS
-from quantize_process import Measured, Rounds, measure, options
+from quantize_process import Measured, Rounds, instructions, measure, options
 from tables import Row, markdown, number, read, write
 
 RESULTS = Path(__file__).parent / "results/quantize_speed.csv"
 COLUMNS = ("model", "batch", "contestant", "rounds", "ms", "speed", "low", "high", "over_fp32", "drift", "prepare_s",
-           "memory_mib", "detail", "run", "error")
+           "memory_mib", "detail", "cpu", "run", "error")
 BASE, FLOAT = "eager", "ours_fp32"
 OURS = ("eager", "ours_fp32", "ours_fp32_compiled", "ours_int8", "ours_int8_compiled", "ours_dynamic",
         "ours_dynamic_compiled", "ours_auto")
@@ -63,7 +63,7 @@ def rows_of(model: str, batch: int, names: Iterable[str], found: Measured, run: 
     """A row for each contestant; one that failed has its error."""
     rows = []
     for name in names:
-        row: Row = {"model": model, "batch": batch, "contestant": name, "run": run}
+        row: Row = {"model": model, "batch": batch, "contestant": name, "cpu": instructions(), "run": run}
         told = found.told.get(name, {})
         row |= {"drift": told.get("drift", ""), "prepare_s": told.get("seconds", ""),
                 "memory_mib": told.get("memory", ""), "detail": told.get("detail", "")}
@@ -179,12 +179,14 @@ def _how(rows: Sequence[Row], pairs: Mapping[Pair, Mapping[str, Row]]) -> str:
              if len({row["run"] for row in mine.values()}) > 1]
     several = f" Not all of one run: {', '.join(mixed)}." if mixed else ""
     drifts = [float(row["drift"]) for row in rows if number(row, "drift") is not None and not garbage(row)]
+    cpus = " or ".join(sorted({str(row["cpu"]) for row in rows}))
     return (f"Medians of paired ratios, {counts[0] if counts else 0} to {counts[-1] if counts else 0} rounds; the "
-            f"quartiles of a ratio lie {apart:.0%} apart in the median. One pinned core, one thread, 224 x 224, MiniLM "
-            "128 tokens; glibc's allocator keeps its pages (`MALLOC_TRIM_THRESHOLD_`, `MALLOC_MMAP_MAX_=0`) for all. "
-            "Activations (ONNX Runtime: weights) of 7 bits for all whom 8 would saturate. torch.ao: the faster of its "
-            "engines x86 and onednn; PT2E: with or without the C++ wrapper; int8 of ONNX Runtime and ours: static or, "
-            "for transformers, dynamic. Outputs were compared with fp32 eager's: norm of the difference at most "
+            f"quartiles of a ratio lie {apart:.0%} apart in the median. One pinned core ({cpus}), one thread, 224 x "
+            "224, MiniLM 128 tokens; glibc's allocator keeps its pages (`MALLOC_TRIM_THRESHOLD_`, "
+            "`MALLOC_MMAP_MAX_=0`) for all. Activations of PyTorch's and weights of ONNX Runtime have 7 bits, which no "
+            "CPU saturates; ours have 7 where 8 would. torch.ao: the faster of its engines x86 and onednn; PT2E: with "
+            "or without the C++ wrapper; int8 of ONNX Runtime and ours: static or, for transformers, dynamic. Outputs "
+            "were compared with fp32 eager's: norm of the difference at most "
             f"{max(drifts, default=0.0):.0%}, or shown.{several}")
 
 
