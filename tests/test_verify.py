@@ -241,7 +241,8 @@ def test_a_broken_pass_is_found(code: str, selector: str, change: Rewrite) -> No
 
 
 def test_every_invariant_has_a_pass_that_breaks_it() -> None:
-    assert {code for code, _, _ in BREAKS} == {invariant.code for invariant in INVARIANTS}
+    elsewhere = {"FXC0561"}  # needs a teacher: the code's page breaks it, and tests/test_distill_engine.py
+    assert {code for code, _, _ in BREAKS} | elsewhere == {invariant.code for invariant in INVARIANTS}
     assert len({invariant.name for invariant in INVARIANTS}) == len(INVARIANTS)
 
 
