@@ -241,7 +241,7 @@ def test_a_broken_pass_is_found(code: str, selector: str, change: Rewrite) -> No
 
 
 def test_every_invariant_has_a_pass_that_breaks_it() -> None:
-    elsewhere = {"FXC0561"}  # needs a teacher: the code's page breaks it, and tests/test_distill_engine.py
+    elsewhere = {"FXC0561"}  # needs a teacher: the page of the code breaks one (tests/test_codes.py)
     assert {code for code, _, _ in BREAKS} | elsewhere == {invariant.code for invariant in INVARIANTS}
     assert len({invariant.name for invariant in INVARIANTS}) == len(INVARIANTS)
 
