@@ -91,7 +91,7 @@ def test_iterative(tmp_path: Path) -> None:
     assert "21,642 parameters -> 5,578" in output
 
 
-@pytest.mark.parametrize("policy", sorted(EXAMPLES.rglob("*.fxc")), ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("policy", sorted(EXAMPLES.rglob("*.fxc")), ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_policies_are_checked_and_formatted(policy: Path) -> None:
     run(COMMAND, "check", policy, cwd=policy.parent)
     run(COMMAND, "fmt", "--check", policy, cwd=policy.parent)
@@ -99,4 +99,4 @@ def test_policies_are_checked_and_formatted(policy: Path) -> None:
 
 def test_no_example_is_left_out() -> None:
     assert {path.name for path in EXAMPLES.iterdir() if path.is_dir() and path.name != "__pycache__"} == {
-        "iterative", "lenet_mnist", "resnet18", "python_only"}
+        "iterative", "lenet_mnist", "resnet18", "python_only", "lstm", "lenet_ticket", "minilm", "vgg11_to_shufflenet"}

@@ -2,8 +2,8 @@
 
     python examples/lenet_ticket/tickets.py     # --write puts figures and plot into this folder
 
-`policy.fxc` trains, prunes and rewinds, nine rounds of two epochs. Beside each round's ticket a second network is trained
-for as long, with the same masks and weights drawn anew.
+`policy.fxc` trains, prunes and rewinds, nine rounds of two epochs. Beside each round's ticket a second network is
+trained for as long, with the same masks and weights drawn anew.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ import fxcompress
 from fxcompress.training.digits import digits
 from fxcompress.training.run import Run
 
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent / "lenet_mnist")]
+sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "lenet_mnist"))
 from figures import machine, put, table
 from lenet import LeNet5
 

@@ -2,7 +2,7 @@
 
     python examples/vgg11_to_shufflenet/compare.py      # --write puts the table into README.md
 
-Images, the teacher's weights and the rows of the table are kept in the output folder: a run that was stopped goes on.
+Images, the teacher's weights and each row of the table are kept in the output folder: a run that was stopped goes on.
 Seconds a step are processor time.
 """
 
@@ -13,6 +13,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,21 +90,21 @@ def trained_teacher(folder: Path, data: Any, epochs: int) -> tuple[nn.Module, Ro
     return model.eval(), Row(**json.loads(record.read_text(encoding="utf-8")))
 
 
-def all_rows(folder: Path, data: Any, master: nn.Module, epochs: int, seeds: int) -> list[Row]:
-    """A row for each policy and seed; seeds come round by round, so that what is there can be compared."""
-    record = folder / f"rows-{epochs}.json"
-    rows = [Row(**each) for each in json.loads(record.read_text(encoding="utf-8"))] if record.exists() else []
-    done = {(row.name, row.seed) for row in rows}
-    for seed in range(1, seeds + 1):
+def all_rows(folder: Path, data: Any, master: nn.Module, epochs: int, seeds: Iterable[int]) -> list[Row]:
+    """A row for each policy and seed, those that `folder` has from earlier runs included."""
+    rows = []
+    for seed in seeds:
         for name in ("alone", *POLICIES):
-            if (name, seed) in done:
-                continue
-            torch.manual_seed(seed)
-            taught = name != "alone"
-            rows.append(train(name, HERE / f"{name}.fxc" if taught else PLAIN, student(), data, epochs, seed,
-                              "AdamW(lr=0.003)", master if taught else None)[0])
-            record.write_text(json.dumps([asdict(row) for row in rows]) + "\n", encoding="utf-8")
-    return [row for row in rows if row.seed <= seeds]
+            record = folder / "rows" / f"{name}-{seed}-{epochs}.json"
+            if not record.exists():
+                torch.manual_seed(seed)
+                taught = name != "alone"
+                row = train(name, HERE / f"{name}.fxc" if taught else PLAIN, student(), data, epochs, seed,
+                            "AdamW(lr=0.003)", master if taught else None)[0]
+                record.parent.mkdir(exist_ok=True)
+                record.write_text(json.dumps(asdict(row)) + "\n", encoding="utf-8")
+            rows.append(Row(**json.loads(record.read_text(encoding="utf-8"))))
+    return rows
 
 
 def shown(label: str, rows: list[Row], parameters: int) -> tuple[str, ...]:
@@ -127,7 +128,7 @@ def main() -> None:
     make_images(args.out / "digits", args.images, args.tests)
     data = load_training(f"imagefolder:{args.out / 'digits'}", EXAMPLE)
     master, of_teacher = trained_teacher(args.out, data, args.teacher_epochs)
-    rows = all_rows(args.out, data, master, args.epochs, args.seeds)
+    rows = all_rows(args.out, data, master, args.epochs, range(1, args.seeds + 1))
     small, large = (sum(each.numel() for each in model.parameters()) for model in (student(), master))
     lines = [shown(label, [row for row in rows if row.name == name], small)
              for name, label in {"alone": "student alone", **POLICIES}.items()]
