@@ -13,7 +13,7 @@ from fxcompress.diagnostics import Diagnostic, PlanError
 from fxcompress.graph.captured import Captured, Example
 from fxcompress.graph.distilled import is_control
 from fxcompress.graph.facts import NodeFact, shapes
-from fxcompress.graph.ops import call, kind_of, module_of, path_of
+from fxcompress.graph.ops import arguments, call, kind_of, module_of, path_of
 from fxcompress.graph.propagate import device_of, drop_dead
 from fxcompress.graph.teacher import Teacher
 from fxcompress.graph.tree import named_tensors
@@ -25,6 +25,9 @@ from fxcompress.passes.shared.weights import absorb
 
 _FOLDED = ("conv1d", "conv2d", "conv3d", "linear")
 _MODELESS = ("conv", "linear", "bilinear", "layernorm", "groupnorm", "rmsnorm", "prelu", "embedding")
+_FRESH = ("conv", "linear", "batchnorm", "add", "max_pool")  # they give a tensor of their own, never a view of another
+_POOLS = ("max_pool1d", "max_pool2d", "max_pool3d")
+_ACTIVATIONS = ("relu", "relu6", "silu", "hardswish", "hardtanh", "leaky_relu", "elu", "mish")
 
 
 @dataclass
@@ -65,10 +68,12 @@ def prepare(teacher: Teacher, taps: Sequence[str], student: Captured, share: boo
     layers = [node for node in captured.graph.nodes if kind_of(node) in _FOLDED]
     for node in dict.fromkeys(node for node, _ in fold(captured, layers)):
         absorb(captured, node)
+    _pool_first(captured.graph)
     captured.refresh()
     if shared:
         notes.append(f"computed once for both: {', '.join(path_of(node) or node.name for node in shared)}, and what "
                      "leads there")
+    _work_in_place(captured.graph)
     _freeze(captured.module, captured.graph)
     return Prepared(captured.module, captured.graph, sources, shared, notes)
 
@@ -135,6 +140,27 @@ def _take_over(captured: Captured, student: Captured, found: dict[fx.Node, fx.No
     example = captured.example
     captured.example = Example(example.args, {**example.kwargs, **extra})
     return sources, [found[node] for node in frontier]
+
+
+def _pool_first(graph: fx.Graph) -> None:
+    """Let rectifiers follow the pooling that they stand before: max(relu(x)) is relu(max(x)), of a quarter as many."""
+    for pool in list(graph.nodes):
+        relu = pool.all_input_nodes[0] if pool.all_input_nodes else None
+        if relu is not None and kind_of(pool) in _POOLS and kind_of(relu) == "relu" and len(relu.users) == 1 and (
+                pool.op == relu.op == "call_function" and not arguments(pool).get("return_indices")):
+            pool.replace_input_with(relu, relu.all_input_nodes[0])
+            pool.replace_all_uses_with(relu)
+            relu.replace_input_with(relu.all_input_nodes[0], pool)
+            pool.append(relu)
+
+
+def _work_in_place(graph: fx.Graph) -> None:
+    """Let activations overwrite what a layer has just made and nothing else reads: no gradient asks for it here."""
+    for node in graph.nodes:
+        source = node.all_input_nodes[0] if node.op == "call_function" and node.all_input_nodes else None
+        if source is not None and len(source.users) == 1 and kind_of(source).startswith(_FRESH) and (
+                kind_of(node) in _ACTIVATIONS):
+            node.kwargs = {**node.kwargs, "inplace": True}
 
 
 def _freeze(module: fx.GraphModule, graph: fx.Graph) -> None:
