@@ -223,7 +223,7 @@ def fused(job: Job) -> tuple[Losses, nn.Module]:
     return lambda: module(job.images, targets=job.labels, losses=True).total, module
 
 
-CONTESTANTS: Mapping[str, Callable[[Job], tuple[Losses, "nn.Module"]]] = {
+CONTESTANTS: Mapping[str, Callable[[Job], tuple[Losses, nn.Module]]] = {
     "student": student, "loop": loop, "hooks": hooks, "fused": fused}
 
 

@@ -17,7 +17,7 @@ from fxcompress.graph.ops import arguments, call, kind_of, module_of, path_of
 from fxcompress.graph.propagate import device_of, drop_dead
 from fxcompress.graph.teacher import Teacher
 from fxcompress.graph.tree import named_tensors
-from fxcompress.nn.frozen import Constant, Frozen, freeze
+from fxcompress.nn.frozen import ChannelsLast, Constant, Frozen, freeze
 from fxcompress.passes.shared.distill_sharing import frontier_of, shared_nodes
 from fxcompress.passes.shared.fold_norms import fold
 from fxcompress.passes.shared.inference import bake_evaluation
@@ -74,6 +74,7 @@ def prepare(teacher: Teacher, taps: Sequence[str], student: Captured, share: boo
         notes.append(f"computed once for both: {', '.join(path_of(node) or node.name for node in shared)}, and what "
                      "leads there")
     _work_in_place(captured.graph)
+    _lay_out(captured)
     _freeze(captured.module, captured.graph)
     return Prepared(captured.module, captured.graph, sources, shared, notes)
 
@@ -161,6 +162,32 @@ def _work_in_place(graph: fx.Graph) -> None:
         if source is not None and len(source.users) == 1 and kind_of(source).startswith(_FRESH) and (
                 kind_of(node) in _ACTIVATIONS):
             node.kwargs = {**node.kwargs, "inplace": True}
+
+
+def _lay_out(captured: Captured) -> None:
+    """Let a teacher that pools again and again compute with channels last on the CPU: torch's pooling of the plain
+    layout isn't vectorised. Not where features are compared, for the student's lie otherwise."""
+    pools = [node for node in captured.graph.nodes if kind_of(node) == "max_pool2d"]
+    inputs = [node for node in captured.graph.nodes if kind_of(node) == "detach" and _dims(node) == 4]
+    taps = next(iter(reversed(captured.graph.nodes))).args[0]
+    example = captured.example
+    if len(pools) < 2 or not captured.concrete or device_of(captured.module, example).type != "cpu" or any(
+            _dims(tap) != 2 for tap in taps):
+        return
+    for number, node in enumerate(inputs):
+        captured.module.add_module(f"_layout_{number}", ChannelsLast())
+        users = list(node.users)
+        with captured.graph.inserting_after(node):
+            laid = captured.graph.call_module(f"_layout_{number}", (node,))
+        for user in users:
+            user.replace_input_with(node, laid)
+    for node in captured.graph.nodes:
+        if inputs and kind_of(node) == "conv2d" and node.op == "call_module":
+            module_of(node).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _dims(node: fx.Node) -> int:
+    return len(_shape(node) or ())
 
 
 def _freeze(module: fx.GraphModule, graph: fx.Graph) -> None:
