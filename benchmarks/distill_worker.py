@@ -27,6 +27,8 @@ from quantize_worker import Run, serve
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    import fxcompress
+
 SIZE, CLASSES, STEPS = 64, 10, 3  # pixels; classes; steps before the loss is told
 COMPILED = "_compiled"
 SOFT = """pair output <- output { loss = kl, temperature = 4, weight = 0.9 }
@@ -47,13 +49,12 @@ class Setup:
     features: tuple[str, ...] = ()
     masked: bool = False
 
-    @property
-    def policy(self) -> str:
-        """The policy of the fused graph."""
+    def policy(self, settings: str = "") -> str:
+        """The policy of the fused graph, with `settings` of `distill`."""
         pairs = f"{PAIRS}\npair output <- targets {{ loss = cross_entropy }}" if self.features else SOFT
         if self.masked:
-            return f"policy p {{\ndistill from original {{ {pairs} }}\n{MASK}\n}}"
-        return f"policy p(teacher: model) {{ distill from teacher {{ {pairs} }} }}"
+            return f"policy p {{\ndistill from original {{\n{settings}\n{pairs}\n}}\n{MASK}\n}}"
+        return f"policy p(teacher: model) {{\ndistill from teacher {{\n{settings}\n{pairs}\n}}\n}}"
 
 
 SETUPS: Mapping[str, Setup] = {
@@ -214,17 +215,39 @@ def hooks(job: Job) -> tuple[Losses, nn.Module]:
 # What we do
 
 
-def fused(job: Job) -> tuple[Losses, nn.Module]:
-    """One graph."""
+def compressed(job: Job, settings: str = "") -> fxcompress.Result:
+    """The job's models as one."""
     import fxcompress
 
     teacher = None if job.setup.masked else job.teacher
-    module = fxcompress.compile(job.setup.policy, job.student, job.images, teacher=teacher).module
+    return fxcompress.compile(job.setup.policy(settings), job.student, job.images, teacher=teacher)
+
+
+def fused(job: Job) -> tuple[Losses, nn.Module]:
+    """One graph."""
+    module = compressed(job).module
     return lambda: module(job.images, targets=job.labels, losses=True).total, module
 
 
+def cached(job: Job) -> tuple[Losses, nn.Module]:
+    """One graph, whose teacher has answered before."""
+    import torch
+    from torch.utils.data import TensorDataset
+
+    from fxcompress.training import keep_teacher
+
+    result, indices = compressed(job, "cache = memory"), torch.arange(len(job.images))
+    kept, module = keep_teacher(result, TensorDataset(job.images, job.labels), batch=len(job.images)), result.module
+
+    def losses() -> Tensor:
+        known = kept[indices]
+        return module(job.images, targets=job.labels, losses=True, teacher_logits=known).total
+
+    return losses, module
+
+
 CONTESTANTS: Mapping[str, Callable[[Job], tuple[Losses, nn.Module]]] = {
-    "student": student, "loop": loop, "hooks": hooks, "fused": fused}
+    "student": student, "loop": loop, "hooks": hooks, "fused": fused, "cached": cached}
 
 
 def stepping(losses: Losses, net: nn.Module) -> Run:
