@@ -31,6 +31,12 @@ POLICY = """policy taught(teacher: model) {
     }
 }
 """
+PLAIN = """policy p(teacher: model) {
+    distill from teacher {
+        cache = memory
+        pair output <- output { loss = kl }
+    }
+}"""
 MEMORY, DISK = POLICY % "cache = memory", POLICY % "cache = disk"
 
 
@@ -136,8 +142,7 @@ def test_what_cannot_be_kept_is_refused_before_any_work(settings: str, pairs: st
 
 def test_a_loop_of_ones_own() -> None:
     train, _ = data()
-    text = "policy p(teacher: model) {\ndistill from teacher {\ncache = memory\npair output <- output { loss = kl }\n}\n}"
-    result = fxcompress.compile(text, Net(dropout=0.0), train.tensors[0][:2], teacher=Teacher())
+    result = fxcompress.compile(PLAIN, Net(dropout=0.0), train.tensors[0][:2], teacher=Teacher())
     module, index = result.module.eval(), torch.tensor([5, 90, 5])
     images = train.tensors[0][index]
     before = module(images, losses=True).total
@@ -156,8 +161,7 @@ def test_a_loop_of_ones_own() -> None:
 
 
 def test_the_teacher_of_a_cache_is_apart() -> None:
-    text = "policy p(teacher: model) {\ndistill from teacher {\ncache = memory\npair output <- output { loss = kl }\n}\n}"
-    module = fxcompress.compile(text, Net(), torch.zeros(2, 1, 6, 6), teacher=Teacher()).module
+    module = fxcompress.compile(PLAIN, Net(), torch.zeros(2, 1, 6, 6), teacher=Teacher()).module
     assert list(module.state_dict())[:len(Net().state_dict())] == list(Net().state_dict())
     assert not [name for name in module.state_dict() if ".teacher" in name]
     assert len([*module.parameters()]) == len([*Net().parameters()])

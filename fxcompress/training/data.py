@@ -162,7 +162,8 @@ def collated(samples: Any) -> Any:
 
 
 def training_loader(data: Data, batch: int, parts: int, seed: int, workers: int) -> tuple[DataLoader[Any], Order]:
-    """[indices, batch] of `batch / parts` samples, and their order. Raises PlanError (FXC0802) for less than one batch."""
+    """[indices, batch] of `batch / parts` samples, and their order. Raises PlanError (FXC0802) for less than one
+    batch."""
     count = length(data.train)
     if count < batch:
         raise PlanError([Diagnostic("FXC0802", f"there are {count} training samples, which is less than one batch",

@@ -83,8 +83,8 @@ def keep_teacher(result: Result, dataset: Dataset[Any], *, batch: int = 64, path
     mappings, and let it go: from then on each call that asks for losses needs `teacher_logits=kept[indices]`.
 
     With `path` a file (safetensors, with SHA-256 of teacher and data) is read if it is there, and written otherwise.
-    `precision` is a context to run the teacher in. Raises PlanError (FXC0810) where nothing is to be kept, where samples
-    are not the same each time, and for a file of another teacher or other data.
+    `precision` is a context to run the teacher in. Raises PlanError (FXC0810) where nothing is to be kept, where
+    samples are not the same each time, and for a file of another teacher or other data.
     """
     found = cached_distillation(result)
     if found is None or found[1].teacher is None or found[1].cache is None:

@@ -213,6 +213,16 @@ def _freeze(module: fx.GraphModule, graph: fx.Graph) -> None:
             freeze(child)
 
 
+def hang(box: nn.Module, path: str, module: nn.Module) -> None:
+    """Hang `module` into `box` at `path`, and nothing else that stood around it."""
+    *owners, leaf = path.split(".")
+    for name in owners:
+        if name not in box._modules:
+            box.add_module(name, nn.Module())
+        box = box.get_submodule(name)
+    box._modules[leaf] = module
+
+
 def prepare_whole(teacher: Teacher, parts: Sequence[tuple[str, ...]], student: Captured) -> Prepared:
     """A teacher that couldn't be captured, as one module; each tap is a part of its result."""
     assert teacher.whole is not None

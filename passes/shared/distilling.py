@@ -25,7 +25,7 @@ from fxcompress.nn.distillation import Cache, Distillation, Weight
 from fxcompress.nn.temperature import AdaptiveTemperature, LearnedTemperature, Temperature
 from fxcompress.passes.shared.distill_adapting import show
 from fxcompress.passes.shared.distill_caching import cache_of, teacher_apart
-from fxcompress.passes.shared.distill_teacher import Prepared, prepare, prepare_whole
+from fxcompress.passes.shared.distill_teacher import Prepared, hang, prepare, prepare_whole
 from fxcompress.passes.shared.distill_terms import Term, terms_of
 from fxcompress.policy.values import Call, Ramp
 
@@ -181,7 +181,7 @@ class _Builder:
                 made = nodes[node] = self.graph.node_copy(node, lambda old: nodes[old])
                 if node.op == "call_module":
                     made.target = f"teacher.{node.target}"
-                    _put(box, str(node.target), self.prepared.module.get_submodule(str(node.target)))
+                    hang(box, str(node.target), self.prepared.module.get_submodule(str(node.target)))
         return ()
 
     def _term(self, term: Term, student: fx.Node, teacher: fx.Node | None, targets: fx.Node | None) -> fx.Node:
@@ -232,16 +232,6 @@ class _Builder:
     def _schedule(self, term: Term, what: str, value: object, module: Weight | Temperature) -> None:
         if isinstance(value, Ramp):
             self.scheduled.append(Scheduled(f"{what} of `{term.name}`", value, module.put, percent=False))
-
-
-def _put(box: nn.Module, path: str, module: nn.Module) -> None:
-    """Hang `module` into `box` at `path`, and nothing else that stood around it."""
-    *owners, leaf = path.split(".")
-    for name in owners:
-        if name not in box._modules:
-            box.add_module(name, nn.Module())
-        box = box.get_submodule(name)
-    box._modules[leaf] = module
 
 
 def _ignore_in_ddp(module: fx.GraphModule) -> None:
