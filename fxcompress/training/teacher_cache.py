@@ -23,7 +23,7 @@ from torch.utils.data import Dataset, TensorDataset, default_collate
 from ..diagnostics import Diagnostic, PlanError
 from ..engine import Result
 from ..graph.distilled import distillations
-from ..nn.distillation import Distillation
+from ..nn.distillation import Cache, Distillation
 from . import checkpoint
 from .data import Data, length, number, parted, seeded
 
@@ -87,14 +87,14 @@ def keep_teacher(result: Result, dataset: Dataset[Any], *, batch: int = 64, path
     samples are not the same each time, and for a file of another teacher or other data.
     """
     found = cached_distillation(result)
-    if found is None or found[1].teacher is None or found[1].cache is None:
+    if found is None or found[1].teacher is None:
         _refuse("no teacher is in the model now whose logits are to be kept", "say `cache = memory` in `distill`")
     node, module = found
-    teacher, cache = cast(nn.Module, module.teacher), module.cache
+    teacher, top_k = cast(nn.Module, module.teacher), cast(Cache, module.cache).top_k
     names = [str(each.target) for each in node.args[4:4 + module.inputs] if isinstance(each, fx.Node)]
     precision = precision if precision is not None else nullcontext()
     kept, place = None, Path(path) if path is not None else None
-    known = {"format": FORMAT, "teacher": print_of(teacher), "top_k": str(cache.top_k or 0),
+    known = {"format": FORMAT, "teacher": print_of(teacher), "top_k": str(top_k or 0),
              "samples": str(length(dataset))}
     if place is not None and place.exists():
         known["data"] = _Reader(dataset).digest(batch)
@@ -103,7 +103,7 @@ def keep_teacher(result: Result, dataset: Dataset[Any], *, batch: int = 64, path
         reader = _Reader(dataset)
         with precision:
             logits = torch.cat([*_answers(teacher, names, reader, batch)])
-        kept, known["data"] = Kept.of(logits, cache.top_k), reader.sum.hexdigest()
+        kept, known["data"] = Kept.of(logits, top_k), reader.sum.hexdigest()
         if place is not None and write:
             _write(place, kept, known)
     module.forget_teacher()

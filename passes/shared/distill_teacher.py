@@ -183,7 +183,7 @@ def _lay_out(captured: Captured) -> None:
             user.replace_input_with(node, laid)
     for node in captured.graph.nodes:
         if inputs and kind_of(node) == "conv2d" and node.op == "call_module":
-            module_of(node).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            module_of(node).to(memory_format=torch.channels_last)
 
 
 def _dims(node: fx.Node) -> int:
