@@ -1,4 +1,5 @@
-"""Workers of `quantize_speed.py` seen from outside: started, prepared two at a time, timed in turn."""
+"""Workers of `quantize_speed.py`, or of another script, seen from outside: started, prepared two at a time, timed in
+turn."""
 
 from __future__ import annotations
 
@@ -40,10 +41,10 @@ class Worker:
     told: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def start(cls, name: str, model: str, batch: int, core: int) -> Worker:
+    def start(cls, name: str, model: str, batch: int, core: int, script: Path = WORKER) -> Worker:
         log = OUT / "logs" / f"{model}-b{batch}-{name}.txt"
         log.parent.mkdir(parents=True, exist_ok=True)
-        command = ["taskset", "-c", str(core), sys.executable, str(WORKER), model, str(batch), name]
+        command = ["taskset", "-c", str(core), sys.executable, str(script), model, str(batch), name]
         with log.open("wb") as stderr:
             return cls(name, subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr,
                                               bufsize=0, env={**os.environ, **ENVIRONMENT}))
@@ -98,8 +99,8 @@ class Measured:
     errors: dict[str, str]
 
 
-def ready(names: Sequence[str], model: str, batch: int, cores: Sequence[int],
-          limit: float) -> tuple[dict[str, Worker], dict[str, str]]:
+def ready(names: Sequence[str], model: str, batch: int, cores: Sequence[int], limit: float,
+          script: Path = WORKER) -> tuple[dict[str, Worker], dict[str, str]]:
     """A worker for each name, ready, and why the others failed; as many are prepared at a time as there are cores."""
     free: queue.SimpleQueue[int] = queue.SimpleQueue()
     for core in cores:
@@ -107,7 +108,7 @@ def ready(names: Sequence[str], model: str, batch: int, cores: Sequence[int],
 
     def prepare(name: str) -> Worker | str:
         core = free.get()
-        worker = Worker.start(name, model, batch, core)
+        worker = Worker.start(name, model, batch, core, script)
         try:
             worker.told = worker.answer(limit)
         except WorkerError as error:
@@ -184,10 +185,11 @@ def in_turn(workers: Mapping[str, Worker], rounds: Rounds, core: int, seed: int 
     return found
 
 
-def measure(names: Sequence[str], model: str, batch: int, rounds: Rounds, core: int, limit: float) -> Measured:
-    """Prepare all, time all, end all."""
+def measure(names: Sequence[str], model: str, batch: int, rounds: Rounds, core: int, limit: float,
+            script: Path = WORKER) -> Measured:
+    """Prepare all, time all, end all. `script` is what each contestant runs."""
     cores = [core, *sorted(os.sched_getaffinity(0) - {core})[:1]]
-    workers, errors = ready(names, model, batch, cores, limit)
+    workers, errors = ready(names, model, batch, cores, limit, script)
     try:
         found = in_turn(workers, rounds, core)
     finally:

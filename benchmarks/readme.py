@@ -17,6 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 import compensate
+import distill_step
 import quantize_accuracy
 import quantize_digits
 import quantize_minilm
@@ -46,6 +47,7 @@ TABLES: Mapping[str, tuple[Path, Callable[[list[dict[str, Any]]], str]]] = {
     "quantize-digits": (quantize_digits.RESULTS, quantize_digits.table),
     "quantize-minilm": (quantize_minilm.RESULTS, quantize_minilm.table),
     "quantize-sizes": (quantize_sizes.RESULTS, quantize_sizes.table),
+    "distill": (distill_step.RESULTS, distill_step.table),
     "quantize-zoo": (quantize_zoo.RESULTS, quantize_zoo.table),
 }
 

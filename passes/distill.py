@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from fxcompress.diagnostics import Diagnostic
 from fxcompress.passbase import Facet, Param, Pass, param
 from fxcompress.policy.model import Pair
-from fxcompress.policy.types import Boolean, CallOf, Choice, Number, OneOf, Percent, Registered, Text
+from fxcompress.policy.types import Boolean, CallOf, Choice, Integer, Number, OneOf, Percent, Registered, Text
 
 if TYPE_CHECKING:
     from fxcompress.graph.captured import Captured
@@ -48,6 +48,11 @@ class Distill(Pass):
 
     share: bool = param(Boolean(), "compute a stage once where both models have the very same frozen tensors in it",
                         True)
+    cache: str | None = param(Choice(("memory", "disk")), "keep what the teacher gives for each training sample, and "
+                              "let the teacher go: where samples are the same each time, and only its output is "
+                              "compared", None)
+    top_k: int | None = param(Integer(low=1), "keep the greatest logits alone, with what the others are worth together",
+                              None)
     terms: tuple[Pair, ...] = ()
 
     def with_pairs(self, pairs: tuple[Pair, ...]) -> Distill:
@@ -65,7 +70,8 @@ class Distill(Pass):
 
         Raises PlanError: FXC0350 (an end that isn't there), FXC0351 (shapes that no adapter joins), FXC0352 (a setting
         that means nothing to the loss), FXC0353 (no teacher, or one that can't be), FXC0354 (two terms of one name, or
-        none), FXC0355 (the model has an input called as a distillation's are).
+        none), FXC0355 (the model has an input called as a distillation's are), FXC0357 (what the teacher gives can't be
+        kept).
         """
         from fxcompress.passes.shared.distilling import distill
 

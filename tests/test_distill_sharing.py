@@ -109,3 +109,39 @@ def test_a_shared_stage_may_not_be_rewritten_while_it_is_shared() -> None:
     fxcompress.plan(after.replace("thin over", "thin after learn over").replace("thin after learn over steps 10..20",
                                                                                  "thin over steps 10..20 after learn"),
                     student, x, teacher=teacher)
+
+
+class Pooling(nn.Module):
+    """Rectifies, pools and clamps, and gives one of its rectified maps too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.fc = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 7, 3, padding=1), nn.Linear(7, 4)
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.one(F.relu(x))), 3, 2, 1)
+        x = F.max_pool2d(self.act(self.two(x)), 2)
+        return self.fc(F.relu6(x.mean((2, 3)) + 1))
+
+
+@pytest.mark.parametrize("tap", ["output", "act"])
+def test_a_teacher_that_pools_and_works_in_place_gives_the_same(tap: str) -> None:
+    student, _, x = models()
+    torch.manual_seed(2)
+    teacher, given = Pooling().eval(), x.clone()
+    text = POLICY.replace("pair output <- output { loss = mse }", f'pair output <- "{tap}" {{ loss = similarity }}') % (
+        "", "")
+    module = fxcompress.compile(text, student, x, teacher=teacher).module
+    found, code = module(x, losses=True).total, module.get_submodule("distill.fused").code
+    kept: list[Tensor] = []
+    teacher.act.register_forward_hook(lambda _, __, output: kept.append(output))
+    expected = teacher(x) if tap == "output" else (teacher(x), kept[0])[1]
+
+    def similar(value: Tensor) -> Tensor:
+        rows = value.flatten(1)
+        return F.normalize(rows @ rows.T, dim=1)
+
+    torch.testing.assert_close(found, ((similar(student(x)) - similar(expected)) ** 2).sum() / len(x) ** 2)
+    assert torch.equal(x, given) and "inplace = True" in code
+    assert ("relu(max_pool2d" in code) and (("_layout_0" in code) == (tap == "output"))

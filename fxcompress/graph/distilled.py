@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 TARGETS, LOSSES, TEACHER = "targets", "losses", "teacher."
 FLOAT = "float"  # in `meta` of an input of a `Distillation`: whether a gradient could flow through it
-CONTROLS = {TARGETS: None, LOSSES: False}  # the inputs of a distillation alone, and their defaults
+LOGITS = "teacher_logits"
+CONTROLS = {TARGETS: None, LOSSES: False, LOGITS: None}  # the inputs of distillations alone, and their defaults
 
 
 def is_distillation(node: fx.Node) -> bool:
@@ -60,15 +61,16 @@ def append(module: fx.GraphModule, name: str, distillation: Distillation, values
     graph = module.graph
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     end = next(iter(reversed(graph.nodes)))
-    controls = [node for node in inputs if is_control(node)]
-    if not controls:
-        first = inputs[-1] if inputs else None
-        before = first.next if first is not None else next(iter(graph.nodes))
-        with graph.inserting_before(before):
-            controls = [graph.placeholder(key, default_value=value) for key, value in CONTROLS.items()]
+    wanted = [key for key in CONTROLS if key != LOGITS or distillation.cache is not None]
+    controls = {str(node.target): node for node in inputs if is_control(node)}
+    before = inputs[-1].next if inputs else next(iter(graph.nodes))
+    with graph.inserting_before(before):
+        for key in wanted:
+            if key not in controls:
+                controls[key] = graph.placeholder(key, default_value=CONTROLS[key])
     module.add_module(name, distillation)
     with graph.inserting_before(end):
-        call = graph.call_module(name, (end.args[0], *controls, *values))
+        call = graph.call_module(name, (end.args[0], *(controls[key] for key in wanted), *values))
     end.args = (call,)
     return call
 
@@ -89,16 +91,23 @@ def detach(module: fx.GraphModule, call: fx.Node) -> None:
 
 def exposed(module: Distillation) -> Iterator[str]:
     """Why the teacher of `module` could be trained, saved or reached by a gradient; nothing where it is apart."""
-    graph, saved = module.fused.graph, module.fused.state_dict()
-    yield from (f"the teacher's `{name}` is a parameter" for name, _ in module.fused.named_parameters()
-                if name.startswith(TEACHER))
-    yield from (f"the teacher's `{name}` would be saved" for name in saved if name.startswith(TEACHER))
-    called = {node: module.fused.get_submodule(str(node.target)) for node in graph.nodes
-              if node.op == "call_module" and str(node.target).startswith(TEACHER)}
-    yield from (f"the teacher's `{node.target}` is in training mode" for node, part in called.items()
-                if isinstance(part, Frozen) and any(inner.training for inner in part.modules()))
+    yield from _exposed(module.fused, TEACHER)
+    if isinstance(module.teacher, fx.GraphModule):
+        yield from _exposed(module.teacher, "")
+
+
+def _exposed(part: fx.GraphModule, prefix: str) -> Iterator[str]:
+    """The same of a graph whose modules are the teacher's where their paths begin with `prefix`."""
+    graph, saved = part.graph, part.state_dict()
+    yield from (f"the teacher's `{name}` is a parameter" for name, _ in part.named_parameters()
+                if name.startswith(prefix))
+    yield from (f"the teacher's `{name}` would be saved" for name in saved if name.startswith(prefix))
+    called = {node: part.get_submodule(str(node.target)) for node in graph.nodes
+              if node.op == "call_module" and str(node.target).startswith(prefix)}
+    yield from (f"the teacher's `{node.target}` is in training mode" for node, inner in called.items()
+                if isinstance(inner, Frozen) and any(each.training for each in inner.modules()))
     met: set[fx.Node] = set()
-    rest = [node for node, part in called.items() if not isinstance(part, FrozenTeacher)]
+    rest = [node for node, inner in called.items() if not isinstance(inner, FrozenTeacher)]
     while rest:
         node = rest.pop()
         if node.op == "placeholder" and node.meta.get(FLOAT, True):

@@ -22,6 +22,14 @@ class Constant(nn.Module):
         return self.value
 
 
+class ChannelsLast(nn.Module):
+    """Lays images [N, C, H, W] out with their channels last."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The same numbers."""
+        return images.contiguous(memory_format=torch.channels_last)
+
+
 class Frozen(nn.Module):
     """A module that stays in evaluation mode, whatever is asked of what it stands in: for those that act otherwise in
     training (batch norm, recurrent layers with dropout), and for a teacher whose code can't be captured."""

@@ -2,6 +2,7 @@
 
 from .data import Data
 from .settings import Settings
+from .teacher_cache import Kept, keep_teacher
 from .trainer import Trained, Trainer
 
-__all__ = ["Data", "Settings", "Trained", "Trainer"]
+__all__ = ["Data", "Kept", "Settings", "Trained", "Trainer", "keep_teacher"]

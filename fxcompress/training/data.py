@@ -139,6 +139,19 @@ class Samples(Dataset[Any]):
         return Batch([tensor[chosen] for tensor in cast(TensorDataset, self.dataset).tensors])
 
 
+class Numbered(Samples):
+    """Samples whose batches are [indices, batch]."""
+
+    def __getitems__(self, places: list[tuple[int, int]]) -> Any:
+        """The indices of a batch's samples, and these."""
+        return [torch.tensor([index for _, index in places]), super().__getitems__(places)]
+
+
+def collated_numbered(found: list[Any]) -> list[Any]:
+    """[indices, batch]."""
+    return [found[0], collated(found[1])]
+
+
 class Batch(list[Tensor]):
     """Samples that are a batch already."""
 
@@ -149,7 +162,8 @@ def collated(samples: Any) -> Any:
 
 
 def training_loader(data: Data, batch: int, parts: int, seed: int, workers: int) -> tuple[DataLoader[Any], Order]:
-    """Batches of `batch / parts` samples, and their order. Raises PlanError (FXC0802) for less than one batch."""
+    """[indices, batch] of `batch / parts` samples, and their order. Raises PlanError (FXC0802) for less than one
+    batch."""
     count = length(data.train)
     if count < batch:
         raise PlanError([Diagnostic("FXC0802", f"there are {count} training samples, which is less than one batch",
@@ -157,8 +171,8 @@ def training_loader(data: Data, batch: int, parts: int, seed: int, workers: int)
                                     help="take a smaller batch: `--batch 16`")])
     order = Order(count, batch, seed)
     loader: DataLoader[Any] = DataLoader(
-        Samples(data.train, seed), batch_size=batch // parts, sampler=cast("Sampler[Any]", order), drop_last=True,
-        collate_fn=collated, num_workers=workers, generator=torch.Generator().manual_seed(seed))
+        Numbered(data.train, seed), batch_size=batch // parts, sampler=cast("Sampler[Any]", order), drop_last=True,
+        collate_fn=collated_numbered, num_workers=workers, generator=torch.Generator().manual_seed(seed))
     return loader, order
 
 

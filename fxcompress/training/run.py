@@ -24,6 +24,7 @@ from .log import Log
 from .settings import Loss, Settings, make_optimizer, make_schedule
 from .show import Bar
 from .step import Wrapped, agree, prediction
+from .teacher_cache import Keeping
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -95,6 +96,7 @@ class Run:
         self.schedule = make_schedule(settings, self.torch_optimizer, self.order.steps)
         self.optimizer: Any = accelerator.prepare_optimizer(self.torch_optimizer)
         self.wrapped = Wrapped(accelerator, self.result, loss, self.optimizer)
+        self.keeping = Keeping(accelerator, self.result, data, settings.batch // parts, folder)
         self.running, self.whole_epoch = Running(), Running()
         self.history: list[dict[str, Any]] = []
         self.epoch = self.in_epoch = self.steps = 0
@@ -149,11 +151,12 @@ class Run:
         self.in_epoch += 1
         self.steps += 1
 
-    @staticmethod
-    def _loss(whole: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        args, kwargs, target = parted(batch)
+    def _loss(self, whole: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        indices, samples = batch
+        args, kwargs, target = parted(samples)
+        logits = self.keeping.of(indices)
         try:
-            loss, terms = whole(args, kwargs, target)
+            loss, terms = whole(args, kwargs, target, logits)
         except RAISED_BY_MODELS as error:
             named = {**{f"input {place}": value for place, value in enumerate(args, 1)}, **kwargs, "target": target}
             shapes = [f"{name} {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"

@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 
 from ..diagnostics import Diagnostic, PlanError
 from ..engine import Result
+from ..graph.distilled import LOGITS
 from .settings import Loss
 
 if TYPE_CHECKING:
@@ -45,10 +46,13 @@ class Whole(nn.Module):
         self.module: fx.GraphModule = result.module
         self._result, self._loss = (result,), loss  # in a tuple: it is no submodule
 
-    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, a number, and its terms by name (empty where nothing is distilled)."""
+    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any,
+                logits: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, a number, and its terms by name (empty where nothing is distilled); `logits` are the teacher's,
+        where they are kept."""
         if terms_of(self._result[0]):
-            found = self.module(*args, **kwargs, targets=target, losses=True)
+            kept = {} if logits is None else {LOGITS: logits}
+            found = self.module(*args, **kwargs, targets=target, losses=True, **kept)
             return found.total, dict(found.terms)
         return self._loss(prediction(self.module(*args, **kwargs)), target), {}
 

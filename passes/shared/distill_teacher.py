@@ -13,11 +13,11 @@ from fxcompress.diagnostics import Diagnostic, PlanError
 from fxcompress.graph.captured import Captured, Example
 from fxcompress.graph.distilled import is_control
 from fxcompress.graph.facts import NodeFact, shapes
-from fxcompress.graph.ops import call, kind_of, module_of, path_of
+from fxcompress.graph.ops import arguments, call, kind_of, module_of, path_of
 from fxcompress.graph.propagate import device_of, drop_dead
 from fxcompress.graph.teacher import Teacher
 from fxcompress.graph.tree import named_tensors
-from fxcompress.nn.frozen import Constant, Frozen, freeze
+from fxcompress.nn.frozen import ChannelsLast, Constant, Frozen, freeze
 from fxcompress.passes.shared.distill_sharing import frontier_of, shared_nodes
 from fxcompress.passes.shared.fold_norms import fold
 from fxcompress.passes.shared.inference import bake_evaluation
@@ -25,6 +25,9 @@ from fxcompress.passes.shared.weights import absorb
 
 _FOLDED = ("conv1d", "conv2d", "conv3d", "linear")
 _MODELESS = ("conv", "linear", "bilinear", "layernorm", "groupnorm", "rmsnorm", "prelu", "embedding")
+_FRESH = ("conv", "linear", "batchnorm", "add", "max_pool")  # they give a tensor of their own, never a view of another
+_POOLS = ("max_pool1d", "max_pool2d", "max_pool3d")
+_ACTIVATIONS = ("relu", "relu6", "silu", "hardswish", "hardtanh", "leaky_relu", "elu", "mish")
 
 
 @dataclass
@@ -65,10 +68,13 @@ def prepare(teacher: Teacher, taps: Sequence[str], student: Captured, share: boo
     layers = [node for node in captured.graph.nodes if kind_of(node) in _FOLDED]
     for node in dict.fromkeys(node for node, _ in fold(captured, layers)):
         absorb(captured, node)
+    _pool_first(captured.graph)
     captured.refresh()
     if shared:
         notes.append(f"computed once for both: {', '.join(path_of(node) or node.name for node in shared)}, and what "
                      "leads there")
+    _work_in_place(captured.graph)
+    _lay_out(captured)
     _freeze(captured.module, captured.graph)
     return Prepared(captured.module, captured.graph, sources, shared, notes)
 
@@ -137,6 +143,53 @@ def _take_over(captured: Captured, student: Captured, found: dict[fx.Node, fx.No
     return sources, [found[node] for node in frontier]
 
 
+def _pool_first(graph: fx.Graph) -> None:
+    """Let rectifiers follow the pooling that they stand before: max(relu(x)) is relu(max(x)), of a quarter as many."""
+    for pool in list(graph.nodes):
+        relu = pool.all_input_nodes[0] if pool.all_input_nodes else None
+        if relu is not None and kind_of(pool) in _POOLS and kind_of(relu) == "relu" and len(relu.users) == 1 and (
+                pool.op == relu.op == "call_function" and not arguments(pool).get("return_indices")):
+            pool.replace_input_with(relu, relu.all_input_nodes[0])
+            pool.replace_all_uses_with(relu)
+            relu.replace_input_with(relu.all_input_nodes[0], pool)
+            pool.append(relu)
+
+
+def _work_in_place(graph: fx.Graph) -> None:
+    """Let activations overwrite what a layer has just made and nothing else reads: no gradient asks for it here."""
+    for node in graph.nodes:
+        source = node.all_input_nodes[0] if node.op == "call_function" and node.all_input_nodes else None
+        if source is not None and len(source.users) == 1 and kind_of(source).startswith(_FRESH) and (
+                kind_of(node) in _ACTIVATIONS):
+            node.kwargs = {**node.kwargs, "inplace": True}
+
+
+def _lay_out(captured: Captured) -> None:
+    """Let a teacher that pools again and again compute with channels last on the CPU: torch's pooling of the plain
+    layout isn't vectorised. Not where features are compared, for the student's lie otherwise."""
+    pools = [node for node in captured.graph.nodes if kind_of(node) == "max_pool2d"]
+    inputs = [node for node in captured.graph.nodes if kind_of(node) == "detach" and _dims(node) == 4]
+    taps = next(iter(reversed(captured.graph.nodes))).args[0]
+    example = captured.example
+    if len(pools) < 2 or not captured.concrete or device_of(captured.module, example).type != "cpu" or any(
+            _dims(tap) != 2 for tap in taps):
+        return
+    for number, node in enumerate(inputs):
+        captured.module.add_module(f"_layout_{number}", ChannelsLast())
+        users = list(node.users)
+        with captured.graph.inserting_after(node):
+            laid = captured.graph.call_module(f"_layout_{number}", (node,))
+        for user in users:
+            user.replace_input_with(node, laid)
+    for node in captured.graph.nodes:
+        if inputs and kind_of(node) == "conv2d" and node.op == "call_module":
+            module_of(node).to(memory_format=torch.channels_last)
+
+
+def _dims(node: fx.Node) -> int:
+    return len(_shape(node) or ())
+
+
 def _freeze(module: fx.GraphModule, graph: fx.Graph) -> None:
     """Let nothing of the teacher be trained, saved or acting by its mode, in place."""
     loose = named_tensors(module).all
@@ -158,6 +211,16 @@ def _freeze(module: fx.GraphModule, graph: fx.Graph) -> None:
     for path, child in list(module.named_modules()):
         if path in used:
             freeze(child)
+
+
+def hang(box: nn.Module, path: str, module: nn.Module) -> None:
+    """Hang `module` into `box` at `path`, and nothing else that stood around it."""
+    *owners, leaf = path.split(".")
+    for name in owners:
+        if name not in box._modules:
+            box.add_module(name, nn.Module())
+        box = box.get_submodule(name)
+    box._modules[leaf] = module
 
 
 def prepare_whole(teacher: Teacher, parts: Sequence[tuple[str, ...]], student: Captured) -> Prepared:

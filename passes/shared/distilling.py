@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from torch import fx, nn
 
 from fxcompress.diagnostics import Diagnostic, Label, PlanError
 from fxcompress.graph.captured import Captured
-from fxcompress.graph.distilled import CONTROLS, FLOAT, append, is_control, mark, stage_of
+from fxcompress.graph.distilled import CONTROLS, FLOAT, LOGITS, append, is_control, mark, stage_of
 from fxcompress.graph.distilled import detach as detach_node
 from fxcompress.graph.ops import call as canonical
 from fxcompress.graph.ops import path_of
@@ -20,10 +21,11 @@ from fxcompress.graph.provenance import touch
 from fxcompress.graph.site import Change, Outcome, Scheduled, Site
 from fxcompress.graph.tree import graph_module
 from fxcompress.nn.adapters import Adapter
-from fxcompress.nn.distillation import Distillation, Weight
+from fxcompress.nn.distillation import Cache, Distillation, Weight
 from fxcompress.nn.temperature import AdaptiveTemperature, LearnedTemperature, Temperature
 from fxcompress.passes.shared.distill_adapting import show
-from fxcompress.passes.shared.distill_teacher import Prepared, prepare, prepare_whole
+from fxcompress.passes.shared.distill_caching import cache_of, teacher_apart
+from fxcompress.passes.shared.distill_teacher import Prepared, hang, prepare, prepare_whole
 from fxcompress.passes.shared.distill_terms import Term, terms_of
 from fxcompress.policy.values import Call, Ramp
 
@@ -37,8 +39,9 @@ def distill(settings: Distill, captured: Captured, site: Site) -> Outcome:
     """Join the terms of `settings` to `captured`, in place. Raises PlanError as `Distill.rewrite` says."""
     _check_inputs(captured, site)
     terms = terms_of(settings, captured, site)
-    prepared = _prepared(settings, terms, captured, site)
-    builder = _Builder(captured, prepared, site.seed)
+    cache = cache_of(settings, terms, captured, site)
+    prepared = _prepared(settings, terms, captured, site, share=settings.share and cache is None)
+    builder = _Builder(captured, prepared, site.seed, cache)
     distillation = builder.build(terms)
     name = next(name for name in (f"distill{(n and f'_{n}') or ''}" for n in range(1000))
                 if name not in captured.module._modules)
@@ -48,7 +51,9 @@ def distill(settings: Distill, captured: Captured, site: Site) -> Outcome:
     captured.refresh()
     changes = tuple(Change(path_of(term.student) or term.student.name, term.student.meta["fxc"].kind, "loss", "none",
                            term.name, "selected") for term in terms)
-    return Outcome(changes, (*map(_note, terms), *prepared.notes), scheduled=tuple(builder.scheduled))
+    kept = [] if cache is None else [f"what the teacher gives is kept by sample ({cache.place}"
+                                     + (f", the {cache.top_k} greatest of each)" if cache.top_k else ")")]
+    return Outcome(changes, (*map(_note, terms), *kept, *prepared.notes), scheduled=tuple(builder.scheduled))
 
 
 def remove_distillation(captured: Captured, call: fx.Node) -> list[fx.Node]:
@@ -68,14 +73,14 @@ def _check_inputs(captured: Captured, site: Site) -> None:
                 help="rename that input of the model's `forward`, or leave it out of the example inputs")])
 
 
-def _prepared(settings: Distill, terms: Sequence[Term], captured: Captured, site: Site) -> Prepared:
+def _prepared(settings: Distill, terms: Sequence[Term], captured: Captured, site: Site, share: bool) -> Prepared:
     """The teacher's part, giving a tuple of one value for each term that reads it."""
     ends = [term.teacher for term in terms if term.teacher is not None]
     if not ends or site.teacher is None:
         return Prepared(nn.Module(), fx.Graph(), [], [], [])
     if site.teacher.captured is None:
         return prepare_whole(site.teacher, [end for end in ends if isinstance(end, tuple)], captured)
-    return prepare(site.teacher, [end for end in ends if isinstance(end, str)], captured, settings.share)
+    return prepare(site.teacher, [end for end in ends if isinstance(end, str)], captured, share)
 
 
 def _note(term: Term) -> str:
@@ -107,6 +112,7 @@ class _Builder:
     captured: Captured
     prepared: Prepared
     seed: int
+    cache: Cache | None = None
     sources: list[fx.Node] = field(default_factory=list)
     scheduled: list[Scheduled] = field(default_factory=list)
     graph: fx.Graph = field(default_factory=fx.Graph)
@@ -116,9 +122,15 @@ class _Builder:
         """The module of all terms."""
         needs = any(term.loss.labels for term in terms)
         targets = self.graph.placeholder("targets") if needs else None
-        given = {node: self._input(node) for node in dict.fromkeys(
-            [*self.prepared.sources, *(term.student for term in terms)])}
-        taps = iter(self._teacher(given))
+        students = [term.student for term in terms]
+        taps: Iterator[fx.Node]
+        if self.cache is None:
+            given = {node: self._input(node) for node in dict.fromkeys([*self.prepared.sources, *students])}
+            taps = iter(self._teacher(given))
+        else:  # its inputs go past the graph
+            self.sources.extend(self.prepared.sources)
+            taps = itertools.repeat(self.graph.placeholder(LOGITS))
+            given = {node: self._input(node) for node in dict.fromkeys(students)}
         weighted, found = [], []
         for term in terms:
             value = next(taps) if term.teacher is not None else None
@@ -135,7 +147,9 @@ class _Builder:
         fused = graph_module(self.tree, self.graph, "Fused")
         fused.recompile()
         stages = {node.name: mark(self.captured, node) for source in self.prepared.shared for node in stage_of(source)}
-        distillation = Distillation(fused, tuple(term.name for term in terms), needs, stages)
+        apart = teacher_apart(self.prepared) if self.cache is not None else None
+        distillation = Distillation(fused, tuple(term.name for term in terms), needs, stages, self.cache, apart,
+                                    len(self.prepared.sources) if self.cache is not None else 0)
         return distillation.train(self.captured.module.training)
 
     def _input(self, node: fx.Node) -> fx.Node:
@@ -167,7 +181,7 @@ class _Builder:
                 made = nodes[node] = self.graph.node_copy(node, lambda old: nodes[old])
                 if node.op == "call_module":
                     made.target = f"teacher.{node.target}"
-                    _put(box, str(node.target), self.prepared.module.get_submodule(str(node.target)))
+                    hang(box, str(node.target), self.prepared.module.get_submodule(str(node.target)))
         return ()
 
     def _term(self, term: Term, student: fx.Node, teacher: fx.Node | None, targets: fx.Node | None) -> fx.Node:
@@ -220,19 +234,11 @@ class _Builder:
             self.scheduled.append(Scheduled(f"{what} of `{term.name}`", value, module.put, percent=False))
 
 
-def _put(box: nn.Module, path: str, module: nn.Module) -> None:
-    """Hang `module` into `box` at `path`, and nothing else that stood around it."""
-    *owners, leaf = path.split(".")
-    for name in owners:
-        if name not in box._modules:
-            box.add_module(name, nn.Module())
-        box = box.get_submodule(name)
-    box._modules[leaf] = module
-
-
 def _ignore_in_ddp(module: fx.GraphModule) -> None:
     """Tell DistributedDataParallel of the teachers' tensors, which are the same everywhere."""
-    names = [name for name, _ in module.named_buffers() if ".fused.teacher." in f".{name}"]
+    homes = [f"{name}.{home}" for name, child in module.named_modules() if isinstance(child, Distillation)
+             for home in ("teacher.", "fused.teacher.")]
+    names = [name for name, _ in module.named_buffers() if name.startswith(tuple(homes))]
     if names:
         module.__dict__[IGNORED] = names
     else:
