@@ -171,14 +171,13 @@ def test_processes_are_timed_in_turn_and_failures_told(tmp_path: Path, monkeypat
 
     script = tmp_path / "worker.py"
     script.write_text(SCRIPT)
-    monkeypatch.setattr(process, "WORKER", script)
     monkeypatch.setattr(process, "OUT", tmp_path)
     core = min(process.os.sched_getaffinity(0))
     names = ["one", "two", "fails", "dies", "breaks"]
-    found = process.measure(names, "net", 1, process.Rounds(most=4, budget=60), core, limit=60)
+    found = process.measure(names, "net", 1, process.Rounds(most=4, budget=60), core, limit=60, script=script)
     assert found.times == {"one": [0.02] * 4, "two": [0.02] * 4} and found.told["one"]["drift"] == 0.5
     assert found.errors == {"fails": "no kernel", "dies": "ended with 3", "breaks": "ended with 4"}
-    mute = process.Worker.start("mute", "net", 1, core)
+    mute = process.Worker.start("mute", "net", 1, core, script)
     with pytest.raises(process.WorkerError, match="took more than 1 s"):
         mute.answer(1)
     assert mute.process.poll() is not None  # it was ended

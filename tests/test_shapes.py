@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torchvision.ops import StochasticDepth
 
+import fxcompress
 from fxcompress.graph.ops import OPS
 from fxcompress.graph.probe import Fakes
 from fxcompress.graph.shapes import RULES
 from fxcompress.graph.shapes_modules import MODULE_RULES, rule_of
+from fxcompress.nn.distillation import Distillation
 
 R = torch.randn
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -153,7 +155,20 @@ def test_module_rules_give_what_the_module_gives(place: int, training: bool) -> 
 
 def test_every_rule_is_tested() -> None:
     kinds = {type(module) for module, _ in MODULES}
-    assert kinds >= MODULE_RULES.keys() - {nn.SyncBatchNorm}  # which wants a GPU
+    assert kinds >= MODULE_RULES.keys() - {nn.SyncBatchNorm, Distillation}  # which want a GPU, and a teacher
+
+
+def test_what_learns_gives_what_the_student_gives() -> None:
+    result = fxcompress.compile("policy p { distill from original { pair output <- output { loss = kl } } }",
+                                nn.Sequential(nn.Linear(4, 3)), torch.randn(2, 4))
+    module = next(part for part in result.module.modules() if isinstance(part, Distillation))
+    rule = rule_of(module)
+    assert rule is not None
+    output = torch.randn(2, 3)
+    assert rule(module, output, None, False).shape == module(output, None, False).shape == (2, 3)
+
+
+def test_every_operator_is_tested() -> None:
     assert {name for name in OPERATORS if name not in CASES} <= {
         name for name in OPERATORS if OPS[name].family == "elementwise"}
 

@@ -186,7 +186,11 @@ class Drawn(torch.utils.data.Dataset[Any]):
 def epoch(workers: int, number: int, skip: int = 0) -> list[Tensor]:
     loader, order = training_loader(Data(Drawn()), 2, 1, 7, workers)
     order.begin(number, skip)
-    return [torch.cat([batch[0].flatten(), batch[1]]) for batch in loader]
+    found = []
+    for indices, batch in loader:
+        assert torch.equal(torch.as_tensor(indices), batch[1])
+        found.append(torch.cat([batch[0].flatten(), batch[1]]))
+    return found
 
 
 def test_what_is_drawn_hangs_on_seed_epoch_and_sample_alone() -> None:
