@@ -46,11 +46,12 @@ class Mask(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """`weight` with the masked entries at zero, of the same shape and dtype."""
+        mask: Tensor
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
             mask = torch.ops.fxcompress.as_floats(self.mask, weight.dtype)
         else:
             mask = self.mask.to(weight.dtype)
-        masked = weight * mask  # eight times as fast on the CPU as a product with booleans
+        masked: Tensor = weight * mask  # eight times as fast on the CPU as a product with booleans
         if self.evidence is not None and masked.requires_grad:
             masked.register_hook(partial(self.collect, weight.detach()))  # type: ignore[no-untyped-call]
         return masked
