@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 Run = Callable[[], Any]  # one forward pass; gives the output
 FLOAT = "policy float { }"
 STATIC = 'use "std/quant.fxc" { int8 }\npolicy static { quantize conv2d | linear | multihead_attention as int8 { } }'
-DYNAMIC = 'use "std/quant.fxc" { int8_dynamic }\npolicy dynamic { quantize linear | multihead_attention as int8_dynamic { } }'
+DYNAMIC = """use "std/quant.fxc" { int8_dynamic }
+policy dynamic { quantize linear | multihead_attention as int8_dynamic { } }"""
 
 REMOVED = "remove channels(conv2d) { ratio = 50%, by = l1, align = 16 }"
 # Half of the channels, then integers for what is left.
