@@ -11,8 +11,6 @@ from __future__ import annotations
 import copy
 import ctypes
 import gc
-import json
-import os
 import re
 import sys
 import time
@@ -22,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from quantize_worker import Run, serve
+from quantize_worker import Run, begun, serve
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -297,16 +295,7 @@ def peak(run: Run) -> float:
 
 
 def main() -> None:
-    answers = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
-    os.dup2(2, 1)
-
-    def send(answer: dict[str, Any]) -> None:
-        print(json.dumps(answer), file=answers, flush=True)
-
-    model, batch, contestant = sys.argv[1:]
-    import torch
-
-    torch.set_num_threads(1)
+    (model, batch, contestant), send = begun()
     try:
         run, told = prepared(model, int(batch), contestant)
     except Exception as error:  # noqa: BLE001  whatever goes wrong with a contestant is its row of the table

@@ -172,17 +172,23 @@ def serve(run: Run, orders: TextIO, send: Callable[[dict[str, Any]], None]) -> N
             raise ValueError(f"no such order: {order}")
 
 
-def main() -> None:
+def begun() -> tuple[list[str], Callable[[dict[str, Any]], None]]:
+    """What this process was started for (model, batch, contestant), and what sends its answers, from one thread on.
+    What libraries print goes to stderr."""
     answers = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     os.dup2(2, 1)
 
     def send(answer: dict[str, Any]) -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
-    model, batch, contestant = sys.argv[1:]
     import torch
 
     torch.set_num_threads(1)
+    return sys.argv[1:], send
+
+
+def main() -> None:
+    (model, batch, contestant), send = begun()
     run = prepared(Job(model, int(batch)), contestant, send)
     if run is not None:
         with mode(contestant):

@@ -156,10 +156,14 @@ def _objection(after: After) -> str:
     return "it adds a tensor" if after.adds is not None else f"`{after.activation}` is computed in the kernel"
 
 
+def _filters(layer: IntConv2d, engine: quantized_dtypes.Engine) -> Any:
+    """The layer's filters packed for the operators on quantized dtypes."""
+    return quantized_dtypes.pack_conv2d(engine, layer.weight, layer.weight_scale, layer.bias,
+                                        *map(_listed, layer.settings))
+
+
 def _quantized_conv2d(layer: IntConv2d, engine: quantized_dtypes.Engine) -> Callable[[Tensor, Tensor | None], Tensor]:
-    packed = quantized_dtypes.pack_conv2d(engine, layer.weight, layer.weight_scale, layer.bias,
-                                          *map(_listed, layer.settings))
-    return _quantized(layer, "conv2d", packed, torch.channels_last)
+    return _quantized(layer, "conv2d", _filters(layer, engine), torch.channels_last)
 
 
 def _quantized(layer: Product, kind: Literal["conv2d", "linear"], packed: Any,
@@ -178,11 +182,9 @@ def _quantized(layer: Product, kind: Literal["conv2d", "linear"], packed: Any,
 def _adding_conv2d(layer: IntConv2d, shape: torch.Size) -> Callable[[Tensor, Tensor | None], Tensor]:
     after, gives = layer.after, layer.after.gives
     assert gives is not None and after.adds is not None
-    packed = quantized_dtypes.pack_conv2d("onednn", layer.weight, layer.weight_scale, layer.bias,
-                                          *map(_listed, layer.settings))
     product = quantized_dtypes.adding_conv2d(
-        packed, (layer.reads.scale, layer.reads.zero_point), (after.adds.scale, after.adds.zero_point),
-        (gives.scale, gives.zero_point), after.activation == "relu")
+        _filters(layer, "onednn"), (layer.reads.scale, layer.reads.zero_point),
+        (after.adds.scale, after.adds.zero_point), (gives.scale, gives.zero_point), after.activation == "relu")
     other_way: list[Callable[[Tensor, Tensor | None], Tensor]] = []
 
     def add(q: Tensor, other: Tensor | None) -> Tensor:
