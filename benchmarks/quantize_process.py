@@ -84,10 +84,12 @@ class Worker:
 
 
 def instructions() -> str:
-    """The widest vectors of this CPU, and whether it sums products of bytes without saturating (VNNI)."""
+    """The widest vectors of this CPU, whether it sums products of bytes without saturating (VNNI), and whether it
+    multiplies tiles of bytes (AMX)."""
     flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("flags")[2].partition("\n")[0].split()
     return ("AVX-512" if "avx512f" in flags else "AVX2") + (
-        " with VNNI" if {"avx512_vnni", "avx_vnni"} & set(flags) else " without VNNI")
+        " with VNNI" if {"avx512_vnni", "avx_vnni"} & set(flags) else " without VNNI") + (
+        " and AMX" if "amx_int8" in flags else "")
 
 
 @dataclass

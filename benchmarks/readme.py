@@ -20,6 +20,7 @@ import compensate
 import distill_step
 import quantize_accuracy
 import quantize_digits
+import quantize_equalize
 import quantize_minilm
 import quantize_sizes
 import quantize_speed
@@ -44,6 +45,7 @@ TABLES: Mapping[str, tuple[Path, Callable[[list[dict[str, Any]]], str]]] = {
     "compensate": (compensate.RESULTS, compensate.table),
     "quantize-speed": (quantize_speed.RESULTS, quantize_speed.table),
     "quantize-accuracy": (quantize_accuracy.RESULTS, quantize_accuracy.table),
+    "quantize-equalize": (quantize_equalize.RESULTS, quantize_equalize.table),
     "quantize-digits": (quantize_digits.RESULTS, quantize_digits.table),
     "quantize-minilm": (quantize_minilm.RESULTS, quantize_minilm.table),
     "quantize-sizes": (quantize_sizes.RESULTS, quantize_sizes.table),

@@ -22,8 +22,9 @@ MODES = ("static", "dynamic", "qat", "weight_only")
 MEANT: Mapping[str, tuple[str, ...]] = {
     "bits": ("static", "dynamic", "qat"), "dtype": ("static", "qat"), "activations": ("dynamic",),
     "observer": ("static", "qat"), "delay": ("qat",), "freeze": ("qat",),
-    "equalize": ("static",), "smooth": ("static", "dynamic"), "adaround": ("static", "weight_only"),
-    "gptq": ("static", "dynamic", "weight_only"), "correct_bias": ("static",), "mixed": ("static",),
+    "equalize": ("static",), "relu6_to_relu": ("static",), "smooth": ("static", "dynamic"),
+    "adaround": ("static", "weight_only"), "gptq": ("static", "dynamic", "weight_only"),
+    "correct_bias": ("static",), "mixed": ("static",),
 }
 RECOVERIES = ("equalize", "smooth", "adaround", "gptq", "correct_bias", "mixed")  # what data can win back
 
@@ -74,6 +75,8 @@ class Quantize(Pass):
         "how the range of a weight is found in its values", "minmax")
     equalize: bool = param(Boolean(), "scale the channels between two layers, so that none wastes the range it shares "
                            "with others", False)
+    relu6_to_relu: bool = param(Boolean(), "between layers that `equalize` scales, which their bound would hinder; it "
+                                "changes what the model computes, and is noted", False)
     smooth: float = param(Percent(), "how much of the outliers of what linear layers read behind a norm goes over into "
                           "their weights: 50% is usual", 0.0)
     adaround: bool = param(Boolean(), "learn on calibration data which weights are rounded up and which down",
@@ -93,6 +96,9 @@ class Quantize(Pass):
         if self.delay > self.freeze:
             problems.append(Diagnostic("FXC0373", "ranges would be frozen before anything is rounded: `delay` is later "
                                        "than `freeze`", help="let `delay` end first: both are shares of the phase"))
+        if self.relu6_to_relu and not self.equalize:
+            problems.append(Diagnostic("FXC0371", "`relu6_to_relu` says nothing without `equalize`",
+                                       help="add `equalize = true`, or leave it out"))
         if self.adaround and self.gptq:
             problems.append(Diagnostic("FXC0375", "`adaround` and `gptq` both decide how weights are rounded",
                                        help="choose one: `gptq` for linear layers, `adaround` for convolutions"))

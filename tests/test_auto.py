@@ -203,9 +203,9 @@ def test_table() -> None:
     table = Table((Row("eager", "int8", 0.002), Row("compiled", "int8", None, "no compiler"),
                    Row("openvino", "fp32", 0.001, "", True)), 2)
     assert table.show() == (
-        "engine                    ms  of the slowest\n"
-        "eager        int8      2.000  1.00x\n"
-        "compiled     int8          -  no compiler\n"
-        "openvino     fp32      1.000  2.00x  chosen\n"
+        "engine                        ms  of the slowest\n"
+        "eager            int8      2.000  1.00x\n"
+        "compiled         int8          -  no compiler\n"
+        "openvino         fp32      1.000  2.00x  chosen\n"
         "2 threads; medians of interleaved rounds")
     assert Table.of(json.loads(json.dumps(table.to_json()))) == table

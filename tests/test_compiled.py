@@ -44,8 +44,10 @@ def test_compiled(finished: tuple[fxcompress.Result, Tensor]) -> None:
     assert list(compiled.state_dict()) == list(plain.state_dict())
     if "quantize" not in result.policy.source.text:
         return  # one model is compiled here: it takes long
-    for batch in (x, x[:1]):  # another size compiles anew
+    for batch in (x, x[:1], x.to(memory_format=torch.channels_last)):  # another size or order compiles anew, frozen
         made, expected = compiled(batch), plain(batch).detach()
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            assert torch.equal(compiled(x=batch), made)
         assert not made.requires_grad and torch.allclose(made, expected, atol=2e-2 * float(expected.abs().max()))
     with torch.inference_mode():  # is compiled anew too, with frozen weights
         assert torch.allclose(compiled(x), plain(x), atol=2e-2 * float(expected.abs().max()))

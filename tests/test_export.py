@@ -24,6 +24,7 @@ from fxcompress import commands
 from fxcompress.backends import libraries
 from fxcompress.backends.export import Exported
 from fxcompress.backends.qdq import Conv2d, in_floats
+from fxcompress.backends.runtimes import RUNTIMES
 from fxcompress.diagnostics import PlanError
 from fxcompress.nn import IntConv2d, IntLinear
 from fxcompress.nn.integer import After, Grid
@@ -237,6 +238,42 @@ def test_openvino(net: Case, tmp_path: Path) -> None:
     with torch.no_grad():
         for batch in (net.x, noise(3, 3, 16, 16)):
             assert in_steps(torch.from_numpy(compiled(batch.numpy())[0]), net.module(batch)) < 1
+
+
+class OneWidth(nn.Module):
+    """Rows and filters of the same number of outputs, whose zero points are zeros of one shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.first, self.second = nn.Conv2d(3, 16, 4, 4), nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(F.gelu(self.first(self.patches(x).flatten(2).transpose(1, 2))))
+
+
+def test_openvino_multiplies_integers(tmp_path: Path) -> None:
+    """By what its own runtime graph says of the precision that each product was given."""
+    x = noise(2, 3, 16, 16)
+    _, module = deployed(OneWidth(), x, "policy p { quantize conv2d | linear { } }")
+    path = fxcompress.export(module, tmp_path / "net.xml").path
+    core = openvino.Core()
+    ran = core.compile_model(core.read_model(path), "CPU").get_runtime_model()
+    info = [node.get_rt_info() for node in ran.get_ops()]
+    kernels = [each["primitiveType"].astype(str) for each in info
+               if each["layerType"].astype(str) in ("Convolution", "FullyConnected", "MatMul")]
+    assert len(kernels) == 3 and all(kernel.lower().endswith(("i8", "u8")) for kernel in kernels), kernels
+
+
+@pytest.mark.parametrize("engine", ["openvino", "openvino_kernels"])
+def test_openvino_runs_each_shape(net: Case, tmp_path: Path, engine: str) -> None:
+    run = RUNTIMES[engine](fxcompress.export(net.module, tmp_path / "net.xml").path)
+    with torch.no_grad():
+        for batch in (net.x, noise(3, 3, 16, 16), net.x):
+            assert in_steps(run([batch])[0], net.module(batch)) < 1
+    with pytest.raises(PlanError) as error:
+        run([noise(2, 5, 16, 16)])
+    item, = error.value.diagnostics
+    assert (item.code, item.help) == ("FXC0646", "give tensors of shapes that the model takes")
 
 
 LOADS = """

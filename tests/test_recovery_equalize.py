@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxcompress
+from fxcompress.diagnostics import PolicyError
 from fxcompress.graph.interpret import evaluating
 from fxcompress.graph.ops import kind_of, module_of
 from fxcompress.passes.shared.recovery import layers_of
@@ -58,6 +59,8 @@ def test_ranges_of_weights_become_equal() -> None:
     """With one scale for a weight: max|W₁ᵢ| = max|W₂ᵢ| for each channel between two layers, which is √(r₁·r₂) (Nagel et
     al., 2019, equation 11); the model computes the same in floats."""
     model, x = Uneven().eval(), noise(16, 3, 8, 8)
+    with torch.no_grad():
+        model.first.bias[7] = -50.0  # zero on all data: its weights take part in the range all the same
     result = compiled("granularity = per_tensor, equalize = true", model, x)
     for y in (x, noise(16, 3, 8, 8, seed=2)):
         assert apart(in_floats(result, y), model(y)) < 1e-5
@@ -66,8 +69,8 @@ def test_ranges_of_weights_become_equal() -> None:
     columns = [deep.abs().flatten(1).amax(1), point.abs().amax((0, 2, 3))]
     seen = _values(result, x)
     for one, two, name in zip(rows, columns, ("deep", "point"), strict=True):
-        live = seen[name] > 0  # channels that are zero on all data stay as they are
-        assert int(live.sum()) >= 4 and torch.allclose(one[live], two[live], rtol=0.01)
+        assert (name == "deep") == bool(seen[name][7] == 0)
+        assert torch.allclose(one, two, rtol=0.01)
     assert "equalize: 2 pairs of layers" in result.notes
 
 
@@ -220,3 +223,35 @@ def test_quantizers_stand_behind_what_divides() -> None:
     up = next(layer for layer in layers_of(result.captured) if layer.name == "up")
     assert kind_of(up.data) == "quantizer" and kind_of(up.data.args[0]) == "mul"  # type: ignore[arg-type]
     assert module_of(up.data).on
+
+
+def test_bounds_can_be_dropped() -> None:
+    """`relu6_to_relu`: what Nagel et al. (2019, section 5.1.1) do to MobileNetV2. The model then is the one with ReLUs,
+    and its channels are scaled as those are."""
+    model, x = Uneven(nn.ReLU6).eval(), noise(16, 3, 8, 8)
+    with torch.no_grad():
+        model.first.weight *= 4
+    plain = Uneven(nn.ReLU).eval()
+    plain.load_state_dict(model.state_dict())
+    keys = "granularity = per_tensor, equalize = true"
+    result, other = compiled(f"{keys}, relu6_to_relu = true", model, x), compiled(keys, plain, x)
+    assert apart(in_floats(result, x), plain(x)) < 1e-5 < apart(plain(x), model(x))
+    for name in ("first", "deep", "point"):
+        assert torch.allclose(weight(result, name), weight(other, name), rtol=1e-3)
+    moved = apart(plain(x), model(x))
+    assert (f"relu6_to_relu: 2 became ReLU, which moves the output by {moved:.1%} (norm of the difference, one batch)"
+            in result.notes)
+    kinds = [kind_of(node) for node in result.module.graph.nodes]
+    assert kinds.count("relu") == 2 and kinds.count("relu6") == 1, "the last one isn't between two layers"
+    changed = next(node for node in result.module.graph.nodes if kind_of(node) == "relu")
+    assert changed.meta["origins"][-1].detail == "a ReLU from here on: equalize, relu6_to_relu"
+    result.calibrate([x])
+    assert apart(in_floats(result, x), plain(x)) < 1e-5
+    with torch.no_grad():
+        assert apart(result.finalize(target="cpu")(x), result.module.eval()(x)) < 0.02
+
+
+def test_dropping_bounds_is_for_equalize() -> None:
+    with pytest.raises(PolicyError) as error:
+        fxcompress.parse("policy p { quantize conv2d { relu6_to_relu = true } }")
+    assert [item.code for item in error.value.diagnostics] == ["FXC0371"]

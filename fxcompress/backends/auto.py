@@ -62,11 +62,11 @@ class Table:
     def show(self) -> str:
         """One line a contender: its time, how many times as fast as the slowest it is, and a word on it."""
         slowest = max((row.seconds for row in self.rows if row.seconds is not None), default=0.0)
-        lines = [f"{'engine':12} {'':5} {'ms':>9}  of the slowest"]
+        lines = [f"{'engine':16} {'':5} {'ms':>9}  of the slowest"]
         for row in self.rows:
             time = f"{1e3 * row.seconds:9.3f}  {slowest / row.seconds:.2f}x" if row.seconds else f"{'-':>9}"
             words = "chosen" if row.chosen else row.why
-            lines.append(f"{row.engine:12} {row.precision:5} {time}{'  ' if words else ''}{words}")
+            lines.append(f"{row.engine:16} {row.precision:5} {time}{'  ' if words else ''}{words}")
         return "\n".join([*lines, f"{self.threads} thread{'s' * (self.threads != 1)}; medians of interleaved rounds"])
 
     def to_json(self) -> dict[str, Any]:
@@ -82,7 +82,8 @@ class Table:
 class Deployed(nn.Module):
     """A model with the engine that runs it; called as the model is, in evaluation mode and without gradients.
 
-    * `engine`: `eager`, `compiled`, `onnxruntime` or `openvino`; `precision`: `int8` or `fp32`
+    * `engine`: `eager`, `compiled`, `onnxruntime`, `openvino`, or `openvino_kernels`: OpenVINO without the code that it
+      generates for chains of operators; `precision`: `int8` or `fp32`
     * `module`: the GraphModule, where torch runs it; None for the others
     * `table`: what was measured, None if nothing was
     """
@@ -135,11 +136,11 @@ def _eager(module: fx.GraphModule) -> Callable[..., Any]:
 
 
 def _compiled(module: fx.GraphModule) -> Callable[..., Any]:
-    return Frozen(module._call_impl)
+    return Frozen(module)
 
 
 _COMPILE: Mapping[str, Callable[[fx.GraphModule], Callable[..., Any]]] = {"eager": _eager, "compiled": _compiled}
-FILE_OF = {"onnxruntime": "model.onnx", "openvino": "model.xml"}
+FILE_OF = {"onnxruntime": "model.onnx", "openvino": "model.xml", "openvino_kernels": "model.xml"}
 ENGINES = (*_COMPILE, *FILE_OF)
 
 
@@ -177,12 +178,12 @@ def contenders(module: fx.GraphModule, precision: str, example: Example) -> list
 
 
 def _file(engine: str, module: fx.GraphModule, signature: Signature, folder: Path) -> None:
-    need(engine)
-    source = folder / FILE_OF["onnxruntime"]
+    need(engine.partition("_")[0])
+    source, file = folder / FILE_OF["onnxruntime"], folder / FILE_OF[engine]
     if not source.exists():
         write_onnx(module, signature, source)
-    if engine == "openvino":
-        convert(source, folder / FILE_OF[engine])
+    if not file.exists():
+        convert(source, file)
 
 
 def reason_of(error: BaseException) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import FunctionType
 from typing import Any
 
@@ -17,12 +17,14 @@ _STATE = ("GLOBAL_STATE", "SHAPE_ENV", "DUPLICATE_INPUT")  # guards that aren't 
 
 
 class Frozen:
-    """Calls `run`, an `nn.Module`'s `_call_impl`, compiled for each new shape of its inputs: at its first call with
-    one, which takes from seconds to minutes. Without gradients, and as the module is then: what is changed in it later
-    isn't looked at."""
+    """Calls `module` compiled for each new shape of its inputs: at its first call with one, which takes from seconds to
+    minutes. Without gradients, and as the module is then: what is changed in it later isn't looked at."""
 
-    def __init__(self, run: Callable[..., Any]) -> None:
+    def __init__(self, module: fx.GraphModule) -> None:
         """Compiles nothing yet."""
+        run = module._call_impl
+        self._names = [str(node.target) for node in module.graph.find_nodes(op="placeholder")]
+
         def call(*args: Any, **kwargs: Any) -> Any:
             return run(*args, **kwargs)
 
@@ -34,8 +36,9 @@ class Frozen:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the module gives."""
-        key = (*_state(), *((leaf.shape, leaf.dtype, leaf.is_inference()) if isinstance(leaf, Tensor) else leaf
-                            for leaf in tree_leaves((args, kwargs))))
+        if kwargs:
+            args, kwargs = self._by_place(args, kwargs)
+        key = (*_state(), *kwargs, *map(_looked_at, tree_leaves((args, kwargs))))
         with torch.no_grad():
             if key in self._seen:
                 return self._run(*args, **kwargs)
@@ -44,6 +47,23 @@ class Frozen:
                 made = self._run(*args, **kwargs)
             self._seen.add(key)
             return made
+
+
+    def _by_place(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments given by name are given by place, as far as none is left out before them: compiled once."""
+        left = dict(kwargs)
+        for name in self._names[len(args):]:
+            if name not in left:
+                break
+            args = (*args, left.pop(name))
+        return args, left
+
+
+def _looked_at(leaf: Any) -> Any:
+    """What Dynamo compiles anew for in an input."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad, leaf.is_inference()
 
 
 def _state() -> tuple[Any, ...]:
@@ -94,5 +114,5 @@ def _own(node: fx.Node) -> bool:
 def compile_in_place(module: fx.GraphModule) -> fx.GraphModule:
     """Let calls of `module` run compiled, as `nn.Module.compile` does; returns it. Copies and what is saved aren't
     compiled."""
-    module._compiled_call_impl = Frozen(module._call_impl)
+    module._compiled_call_impl = Frozen(module)
     return module

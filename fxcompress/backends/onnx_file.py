@@ -28,7 +28,7 @@ from .signature import Signature, flatten
 
 OPSET = 20  # of ONNX's domain: what torch's exporter writes without converting
 BATCH = "batch"
-_LARGE = 2**31 - 2**20  # bytes of weights, from which protobuf can't hold them in one file
+LARGE = 2**31 - 2**20  # bytes of weights, from which protobuf can't hold them in one file
 
 
 def write_onnx(module: fx.GraphModule, signature: Signature, path: str | os.PathLike[str]) -> None:
@@ -45,7 +45,7 @@ def write_onnx(module: fx.GraphModule, signature: Signature, path: str | os.Path
     _name_batch(model)
     model.metadata_props.update({"torch": torch.__version__, "model": type(module).__name__})
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
-    program.save(os.fspath(path), external_data=size > _LARGE)
+    program.save(os.fspath(path), external_data=size > LARGE)
     try:
         onnx.checker.check_model(os.fspath(path), full_check=True)
     except onnx.checker.ValidationError as error:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +14,7 @@ from ..diagnostics import Diagnostic, PlanError
 from .libraries import need
 
 Run = Callable[[Sequence[Tensor]], list[Tensor]]
+_SHAPES = 8  # that a model is kept compiled for
 _QUIET = 3  # ONNX Runtime's level of errors: its warnings speak of what its own optimizer left over
 
 
@@ -39,25 +40,38 @@ def onnxruntime(path: str | os.PathLike[str]) -> Run:
     return run
 
 
-def openvino(path: str | os.PathLike[str]) -> Run:
-    """Run an OpenVINO model (or an ONNX file) on the CPU, in float32 where it isn't in integers. Raises PlanError as
-    `onnxruntime` does."""
+def openvino(path: str | os.PathLike[str], generates: bool = True) -> Run:
+    """Run an OpenVINO model (or an ONNX file) on the CPU, in float32 where it isn't in integers; compiled at the first
+    call for each shape of the inputs, which the last `_SHAPES` are kept of. It `generates` code for chains of
+    operators, or keeps to its kernels, which can then take additions in. Raises PlanError as `onnxruntime` does."""
     need("openvino")
     from openvino import Core
 
     core = Core()
+    settings = {} if generates else {"SNIPPETS_MODE": "DISABLE"}
     try:
-        compiled = core.compile_model(core.read_model(os.fspath(path)), "CPU", {
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(), "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": "f32"})
+        model = core.read_model(os.fspath(path))
     except RuntimeError as error:
         raise _refused("OpenVINO", error) from error
-    request = compiled.create_infer_request()
-    count = len(compiled.outputs)
+
+    @lru_cache(_SHAPES)
+    def request(shapes: tuple[tuple[int, ...], ...], threads: int) -> Any:
+        fixed = model.clone()
+        try:
+            fixed.reshape(dict(enumerate(map(list, shapes))))
+        except RuntimeError as error:
+            raise _refused("OpenVINO", error, "give tensors of shapes that the model takes") from error
+        try:
+            return core.compile_model(fixed, "CPU", {
+                **settings, "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY",
+                "INFERENCE_PRECISION_HINT": "f32", "ENABLE_CPU_PINNING": False}).create_infer_request()
+        except RuntimeError as error:
+            raise _refused("OpenVINO", error) from error
 
     def run(inputs: Sequence[Tensor]) -> list[Tensor]:
-        request.infer(dict(enumerate(map(_array, inputs))), share_inputs=True)
-        return [torch.from_numpy(np.array(request.get_output_tensor(place).data)) for place in range(count)]
+        ready = request(tuple(tuple(tensor.shape) for tensor in inputs), torch.get_num_threads())
+        found = ready.infer(dict(enumerate(map(_array, inputs))), share_inputs=True)
+        return [torch.from_numpy(array) for array in found.values()]
 
     return run
 
@@ -67,14 +81,15 @@ def _errors_of(library: Any) -> tuple[type[Exception], ...]:
     return tuple(value for value in vars(library).values() if isinstance(value, type) and issubclass(value, Exception))
 
 
-def _refused(name: str, error: Exception) -> PlanError:
+def _refused(name: str, error: Exception,
+             way_out: str = "take the file from its source again, or export it anew") -> PlanError:
     words = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return PlanError([Diagnostic("FXC0646", f"{name} can't run this file", notes=tuple(words[:3]),
-                                 help="take the file from its source again, or export it anew")])
+    return PlanError([Diagnostic("FXC0646", f"{name} can't run this file", notes=tuple(words[:3]), help=way_out)])
 
 
 def _array(tensor: Tensor) -> Any:
     return tensor.detach().cpu().contiguous().numpy()
 
 
-RUNTIMES: Mapping[str, Callable[[str | os.PathLike[str]], Run]] = {"onnxruntime": onnxruntime, "openvino": openvino}
+RUNTIMES: Mapping[str, Callable[[str | os.PathLike[str]], Run]] = {
+    "onnxruntime": onnxruntime, "openvino": openvino, "openvino_kernels": partial(openvino, generates=False)}

@@ -29,6 +29,7 @@ class Recovery:
     """What was asked for a layer; see the parameters of `Quantize`."""
 
     equalize: bool = False
+    relu6_to_relu: bool = False
     smooth: float = 0.0
     adaround: bool = False
     gptq: bool = False

@@ -9,22 +9,25 @@ channel makes the ranges r₁/s and r₂·s equal. What the ranges are of depend
 * r₂ is that of a column of W₂. In a depthwise layer with a scale for each channel a column shares its scale with no
   other: all ranges r₁ then become the largest one.
 
-f may be ReLU. ReLU6 and its like don't commute with scales: the paper makes them ReLUs; here a channel that reaches the
-bound on the calibration data stays as it is, and others are scaled no further than to the bound, so that the model
-computes the same on those data.
+f may be ReLU. ReLU6 and its like don't commute with scales: a channel that reaches the bound on the calibration data
+stays as it is, and others are scaled no further than to the bound, so that the model computes the same on those data.
+With `relu6_to_relu` they become ReLUs first, as in the paper: channels with the largest weights often are those that
+reach the bound. What that moves the output by is noted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, fx
+from torch.nn import functional as F
 
 from fxcompress.graph.calibration import Calibration
 from fxcompress.graph.captured import Captured
 from fxcompress.graph.ops import arguments, kind_of
+from fxcompress.graph.provenance import origins_of
 from fxcompress.passes.shared.inference import vanishes
 from fxcompress.passes.shared.normalizing import few
 from fxcompress.passes.shared.recovery import Layer, Sharing, spread
@@ -51,6 +54,17 @@ class Largest:
 
 
 @dataclass
+class _First:
+    """The first value that is seen."""
+
+    value: object = None
+
+    def see(self, value: Tensor) -> None:
+        """Take it."""
+        self.value = value.detach().clone() if self.value is None and isinstance(value, Tensor) else self.value
+
+
+@dataclass
 class Pair:
     """Two layers, the second of which alone reads the first; `top` is where the activation between them is cut off."""
 
@@ -58,6 +72,17 @@ class Pair:
     second: Layer
     top: float | None = None
     values: Largest = field(default_factory=lambda: Largest(1))
+
+    def unbind(self) -> None:
+        """Make the activation between them a ReLU."""
+        activation = self.first.region.activation
+        assert activation is not None
+        source, asked = arguments(activation)["input"], origins_of(self.first.node)[-1]
+        activation.meta["origins"] = (*origins_of(activation),
+                                      replace(asked, detail="a ReLU from here on: equalize, relu6_to_relu", was=()))
+        activation.op, activation.target = "call_function", F.relu
+        activation.args, activation.kwargs = (source,), {}
+        self.top = None
 
     @property
     def free(self) -> bool:
@@ -89,7 +114,7 @@ class Pair:
             s = (first / second).sqrt()
         if self.top is not None:
             s = torch.maximum(s, values / self.top).masked_fill(values >= _NEAR * self.top, 1.0)
-        live = (values > 0) & s.isfinite() & (s > 0)
+        live = s.isfinite() & (s > 0)  # channels that are zero on all data too: weights may be large there
         return torch.where(live, s, torch.ones_like(s))
 
     def scale(self, s: Tensor) -> None:
@@ -109,6 +134,8 @@ def equalize(captured: Captured, layers: Sequence[Layer], data: Calibration) -> 
     """Equalize all pairs among the layers that ask for it. Returns the layers whose weights have changed, and notes."""
     notes: list[str] = []
     pairs = list(_pairs(captured, [layer for layer in layers if layer.asked.equalize], notes))
+    notes += _unbound(captured, [pair for pair in pairs if pair.top is not None and pair.first.asked.relu6_to_relu],
+                      data)
     if pairs:
         with without_rounding(captured):
             data.feed(captured, {pair.first.region.end: [pair.values] for pair in pairs})
@@ -123,6 +150,31 @@ def equalize(captured: Captured, layers: Sequence[Layer], data: Calibration) -> 
     if any(layer.asked.equalize for layer in layers):
         notes.insert(0, f"equalize: {len(pairs)} pairs of layers")
     return list({layer.node: layer for pair in pairs for layer in (pair.first, pair.second)}.values()), notes
+
+
+def _unbound(captured: Captured, pairs: Sequence[Pair], data: Calibration) -> list[str]:
+    """Make the activations of `pairs` ReLUs, and say by how much that moves what the model gives for one batch."""
+    if not pairs:
+        return []
+    before = _outputs(captured, data)
+    for pair in pairs:
+        pair.unbind()
+    captured.refresh()
+    after = _outputs(captured, data)
+    moved = sum(float((a - b).double().square().sum()) for a, b in zip(after, before, strict=True))
+    norm = sum(float(b.double().square().sum()) for b in before)
+    share = (moved / max(norm, 1e-30)) ** 0.5
+    return [f"relu6_to_relu: {len(pairs)} became ReLU, which moves the output by {share:.1%} (norm of the difference, "
+            "one batch)"]
+
+
+def _outputs(captured: Captured, data: Calibration) -> list[Tensor]:
+    """What the model gives in floats for the first batch."""
+    output, = captured.graph.find_nodes(op="output")
+    seen = {node: _First() for node in output.all_input_nodes}
+    with without_rounding(captured):
+        data.feed(captured, {node: [first] for node, first in seen.items()})
+    return [first.value for first in seen.values() if isinstance(first.value, Tensor)]
 
 
 def _pairs(captured: Captured, layers: Sequence[Layer], notes: list[str]) -> Iterator[Pair]:
