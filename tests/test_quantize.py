@@ -22,7 +22,7 @@ from fxcompress.graph.ops import kind_of, module_of
 from fxcompress.inspect import report
 from fxcompress.nn import IntConv2d, IntLinear, Quantizer, engines, quantized_dtypes
 from fxcompress.nn.integer import After, Grid, saturates
-from fxcompress.nn.moving import IntMaxPool2d, IntMean, ToInteger
+from fxcompress.nn.moving import IntAdaptiveMean, IntMaxPool2d, IntMean, ToInteger
 from fxcompress.nn.scheme import Scheme
 from fxcompress.passes import Quantize
 from fxcompress.passes.shared.fold_norms import fold
@@ -128,6 +128,12 @@ def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(engines, "FEW_DEPTHWISE", few)
 
 
+@pytest.fixture(params=["few", "many"])
+def sums(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Additions to so few numbers that plain bytes are added, and to so many that quantized dtypes are."""
+    monkeypatch.setattr(engines, "MANY_SUMS", {"few": 1e12, "many": 0}[request.param])
+
+
 # Of all numbers, of those that a byte keeps, and those of 7 bits: with both signs, and behind a ReLU.
 GIVES = [None, Grid(0.37, 11), Grid(0.37, 0), Grid(0.9, 60, 0, 127), Grid(0.9, 0, 0, 127)]
 
@@ -199,6 +205,29 @@ def test_means_of_bytes_are_exact(size: int, keepdim: bool) -> None:
     assert found.dtype == torch.float32 and torch.allclose(found.double(), expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("size", [(13, 11), (5, 4), (13, 3), (1, 1)])
+def test_means_over_windows_stay_in_bytes(size: tuple[int, int]) -> None:
+    q = torch.randint(0, 256, (2, 4, 13, 11), dtype=torch.uint8, generator=torch.Generator().manual_seed(8))
+    found = IntAdaptiveMean(size)(q)
+    assert found.dtype == torch.uint8
+    assert torch.equal(found, F.adaptive_avg_pool2d(q.double(), size).round().to(torch.uint8))
+
+
+def test_pooling_to_the_same_places_passes_integers() -> None:
+    """As VGG's between its features and its classifier; images of another size are pooled in integers."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d((6, 6)), nn.Flatten(),
+                          nn.Linear(288, 5)).eval()
+    x, larger = noise(4, 3, 6, 6), noise(4, 3, 12, 12)
+    result = fxcompress.compile("policy p { quantize conv2d | linear }", model, x, calibration=[x])
+    module = result.finalize(target="cpu")
+    kinds = [getattr(part, "fxc_kind", "") for part in module.modules()]
+    assert kinds.count("to_integer") == 1 and "to_float" not in kinds and "int_adaptive_mean" in kinds
+    with torch.no_grad():
+        for images in (x, larger):
+            assert apart(module(images), result.module.eval()(images)) < 0.02
+
+
 @pytest.mark.parametrize("channels", [1, 3, 4, 5])
 def test_images_become_bytes_in_the_order_of_products(channels: int) -> None:
     x = noise(2, channels, 6, 5)
@@ -207,6 +236,7 @@ def test_images_become_bytes_in_the_order_of_products(channels: int) -> None:
     assert found.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.usefixtures("sums")
 @pytest.mark.parametrize("gives", GIVES)
 @pytest.mark.parametrize("activation", ["none", "relu"])
 @pytest.mark.parametrize("copies", [True, False])
@@ -235,7 +265,8 @@ def test_additions_in_exact_arithmetic(activation: str, gives: Grid | None, copi
     assert torch.backends.quantized.engine == engine
 
 
-def test_many_threads_at_once_compute_the_same() -> None:
+def test_many_threads_at_once_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "MANY_SUMS", 0)  # by the operator that one thread at a time can call
     model, x = settled(torchvision.models.resnet18(num_classes=10), 3, 64, 64), noise(2, 3, 64, 64)
     _, small = deployed(model, x)
     with torch.inference_mode():

@@ -23,6 +23,7 @@ from ..nn import (
     DynamicQuantizer,
     FreezingBatchNorm1d,
     FreezingBatchNorm2d,
+    IntAdaptiveMean,
     IntConv2d,
     Interleave,
     IntLinear,
@@ -207,6 +208,7 @@ def _rows() -> Iterable[SavedClass]:
                                     "dilation": NUMBERS, "groups": WHOLE, "adds": FLAG, "activation": WORD,
                                     "numbers": Argument(lambda c: tuple(item.number() for item in c.items(8)))})
     yield SavedClass(IntMean, {"reads": READS, "keepdim": FLAG})
+    yield SavedClass(IntAdaptiveMean, {"output_size": NUMBERS})
     yield SavedClass(Interleave, {})
     yield SavedClass(IntLinear, _PRODUCT)
     yield SavedClass(IntConv2d, _PRODUCT | {"stride": NUMBERS, "padding": NUMBERS, "dilation": NUMBERS,

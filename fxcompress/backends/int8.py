@@ -15,13 +15,13 @@ from ..graph.propagate import drop_dead
 from ..graph.provenance import inherit
 from ..nn.affine import quantize
 from ..nn.integer import FLOATS, After, Grid, IntConv2d, IntLinear
-from ..nn.moving import Interleave, ToFloat, ToInteger
+from ..nn.moving import IntAdaptiveMean, Interleave, ToFloat, ToInteger
 from ..nn.quantizer import Quantizer, WeightQuantizer
 from ..passes.shared.calibrating import quantizers_of
 from ..passes.shared.integer import Region, averages, data_of, regions_of, role_of
 from ..passes.shared.masking import is_there
 from .dynamic import lower_dynamic
-from .int8_moves import READS_SIZES, interleaved, max_pool, mean, pair
+from .int8_moves import MODULES, READS_SIZES, interleaved, mean, pair
 from .post_ops import post_op
 from .settling import settle
 from .weight_only import lower_weight_only
@@ -146,8 +146,9 @@ class _Lowering:
         if halves is not None:
             read = tuple(self.ints[half][0] for half in halves)
             made = self._call(Interleave(), f"{node.name}_integer", node, read, node)
-        elif kind_of(node) == "max_pool2d":
-            made = self._call(max_pool(node), f"{node.name}_integer", node, (swap[data[0]],), node)
+        elif kind_of(node) in MODULES:
+            module = MODULES[kind_of(node)](node)
+            made = self._call(module, f"{node.name}_integer", node, (swap[data[0]],), node)
         else:
             with self.captured.graph.inserting_after(node):
                 made = self.captured.graph.node_copy(node, lambda arg: swap.get(arg, arg))
@@ -205,7 +206,8 @@ def _aliases(node: fx.Node) -> set[fx.Node]:
 
 def _may_view(node: fx.Node) -> bool:
     op = op_of(node)
-    return op is not None and (op.family in ("shape", "index") or op.name in ("to", "detach", "contiguous"))
+    return kind_of(node) == IntAdaptiveMean.fxc_kind or (
+        op is not None and (op.family in ("shape", "index") or op.name in ("to", "detach", "contiguous")))
 
 
 def _on_weight(node: fx.Node) -> Quantizer | None:

@@ -8,7 +8,7 @@ from torch import fx, nn
 
 from ..graph.ops import arguments, kind_of
 from ..nn.integer import Grid
-from ..nn.moving import IntMaxPool2d, IntMean
+from ..nn.moving import IntAdaptiveMean, IntMaxPool2d, IntMean
 
 READS_SIZES = ("size", "dim", "numel")  # operators that ask for the shape alone
 
@@ -30,6 +30,14 @@ def max_pool(node: fx.Node) -> nn.Module:
     kernel = pair(values["kernel_size"])
     return IntMaxPool2d(kernel, pair(values.get("stride") or kernel), pair(values.get("padding", 0)),
                         pair(values.get("dilation", 1)), bool(values.get("ceil_mode", False)))
+
+
+def adaptive_mean(node: fx.Node) -> nn.Module:
+    """The module for an `adaptive_avg_pool2d` whose images have as many places as it gives."""
+    return IntAdaptiveMean(pair(arguments(node)["output_size"]))
+
+
+MODULES = {"max_pool2d": max_pool, "adaptive_avg_pool2d": adaptive_mean}  # of what passes bytes by a module of its own
 
 
 def mean(node: fx.Node, reads: Grid) -> IntMean:

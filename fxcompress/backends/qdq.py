@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from .. import nn as layers
 from ..nn.integer import After, Grid, IntConv2d, IntLinear
-from ..nn.moving import Interleave, IntMaxPool2d, IntMean, ToFloat, ToInteger
+from ..nn.moving import IntAdaptiveMean, Interleave, IntMaxPool2d, IntMean, ToFloat, ToInteger
 from ..nn.quantizer import Quantizer
 from .qdq_nodes import Dequantized, Rounded
 from .qdq_weights import DynamicLinear, WeightConv2d, WeightEmbedding, WeightLinear
@@ -243,6 +243,7 @@ RULES: Mapping[str, Rule] = {
     IntLinear.fxc_kind: lambda module, reads, rank: (Linear(module, rank), module.after.gives),
     IntMaxPool2d.fxc_kind: lambda module, reads, rank: (MaxPool2d(module, reads), reads),
     IntMean.fxc_kind: lambda module, reads, rank: (Mean(module.keepdim), None),
+    IntAdaptiveMean.fxc_kind: lambda module, reads, rank: (nn.Identity(), reads),
     Interleave.fxc_kind: lambda module, reads, rank: (Interleaved(reads), reads),
     layers.DynamicLinear.fxc_kind: lambda module, reads, rank: (DynamicLinear(module), None),
     layers.WeightOnlyLinear.fxc_kind: lambda module, reads, rank: (WeightLinear(module), None),

@@ -13,6 +13,7 @@ from .integer import IntConv2d as IntConv2d
 from .integer import IntLinear as IntLinear
 from .mask import Mask as Mask
 from .mode import ByMode as ByMode
+from .moving import IntAdaptiveMean as IntAdaptiveMean
 from .moving import Interleave as Interleave
 from .moving import IntMaxPool2d as IntMaxPool2d
 from .moving import IntMean as IntMean

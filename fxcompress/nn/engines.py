@@ -1,8 +1,8 @@
 """Which library computes an integer product, and how it is called: oneDNN, or FBGEMM where few numbers are multiplied.
 
 What decides was measured by `benchmarks/integer_kernels.py`: FBGEMM has the least overhead a call, and oneDNN is the
-faster one at what is left. oneDNN's operator on plain bytes looks up what it has prepared for a shape at every call;
-the one on quantized dtypes keeps it, but does nothing behind the sum but a ReLU.
+faster one at what is left. Of oneDNN's operators the one on plain bytes has the lesser overhead; where it adds to large
+images, the one on quantized dtypes is the faster.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from .integer import After, IntConv2d, IntLinear, Product
 
 FEW_ROWS = 64  # of a matrix, below which FBGEMM multiplies faster
-FEW_PRODUCTS = 5e5  # of a convolution, below which FBGEMM's smaller overhead wins
-FEW_DEPTHWISE = 1e5  # the same where each filter reads one channel
+FEW_PRODUCTS = 2e6  # of a convolution, below which FBGEMM's smaller overhead wins
+FEW_DEPTHWISE = 2e5  # the same where each filter reads one channel
+MANY_SUMS = 6e5  # numbers that a convolution adds to, from which oneDNN's operator on quantized dtypes is the faster
 _TOP = 255  # of uint8
 _D = torch.ops.onednn
 _conv = getattr(_D, "qconv_pointwise", None) or _D.qconv2d_pointwise
@@ -41,18 +42,19 @@ class Kernel:
 
 def conv2d(layer: IntConv2d, shape: torch.Size) -> Kernel:
     """The kernel of a convolution for images [N, C, H, W]."""
-    products = layer.weight.numel() * shape[0] * prod(
+    places = shape[0] * prod(
         (size + 2 * pad - spread * (kernel - 1) - 1) // stride + 1
         for size, pad, spread, kernel, stride in zip(shape[2:], layer.padding, layer.dilation, layer.shape[2:],
                                                      layer.stride, strict=True))
+    products = layer.weight.numel() * places
     few = {1: FEW_PRODUCTS, layer.shape[0]: FEW_DEPTHWISE}.get(layer.groups, 0)
     if products < few and layer.after.gives is not None and _takes(layer.after):
         why = f"{products / 1e6:.2g} M products are few: less overhead for each call"
-        return Kernel("fbgemm", why, _quantized_conv2d(layer, "fbgemm"))
+        return Kernel("fbgemm", why, _quantized(layer, "conv2d", _filters(layer, "fbgemm"), torch.channels_last))
     why = _objection(layer.after) if products < few else f"{products / 1e6:.2g} M products: the faster one at many"
-    if _plain(layer.after) and quantized_dtypes.available("onednn"):
-        adds = layer.after.adds is not None
-        return Kernel("onednn", why, _adding_conv2d(layer, shape) if adds else _quantized_conv2d(layer, "onednn"))
+    if layer.after.adds is not None and places * layer.shape[0] >= MANY_SUMS and _plain(layer.after) and (
+            quantized_dtypes.available("onednn")):
+        return Kernel("onednn", why, _adding_conv2d(layer, shape))
     return Kernel("onednn", why, _pointwise(layer, shape))
 
 
@@ -160,10 +162,6 @@ def _filters(layer: IntConv2d, engine: quantized_dtypes.Engine) -> Any:
     """The layer's filters packed for the operators on quantized dtypes."""
     return quantized_dtypes.pack_conv2d(engine, layer.weight, layer.weight_scale, layer.bias,
                                         *map(_listed, layer.settings))
-
-
-def _quantized_conv2d(layer: IntConv2d, engine: quantized_dtypes.Engine) -> Callable[[Tensor, Tensor | None], Tensor]:
-    return _quantized(layer, "conv2d", _filters(layer, engine), torch.channels_last)
 
 
 def _quantized(layer: Product, kind: Literal["conv2d", "linear"], packed: Any,

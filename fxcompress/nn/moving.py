@@ -138,6 +138,24 @@ class IntMean(nn.Module):
         return _shown(self.reads)
 
 
+class IntAdaptiveMean(nn.Module):
+    """The means over windows of uint8 images, as `torch.nn.AdaptiveAvgPool2d` has them, on the grid of the images.
+    Images that have as many places already come out as they are."""
+
+    fxc_kind: ClassVar[str] = "int_adaptive_mean"
+
+    def __init__(self, output_size: Sequence[int]) -> None:
+        """`output_size` has two numbers."""
+        super().__init__()
+        self.output_size = tuple(output_size)
+
+    def forward(self, q: Tensor) -> Tensor:
+        """uint8 [N, C, *output_size]."""
+        if tuple(q.shape[2:]) == self.output_size:
+            return q
+        return nn.functional.adaptive_avg_pool2d(q.to(torch.float32), self.output_size).round().to(torch.uint8)
+
+
 class Interleave(nn.Module):
     """Two images of uint8 with equally many channels, their channels in turn: a channel shuffle of two groups. Pairs of
     bytes are written as 16-bit numbers, the first one low (every CPU with these kernels is little-endian)."""

@@ -53,7 +53,17 @@ class Region:
 
 def role_of(node: fx.Node) -> Role | None:
     """What `node` does to integers, None where it wants floats."""
-    return ROLES.get(kind_of(node))
+    return "passes" if keeps_places(node) else ROLES.get(kind_of(node))
+
+
+def keeps_places(node: fx.Node) -> bool:
+    """Whether `node` averages over as many windows as the images have places, which leaves them as they are."""
+    if kind_of(node) != "adaptive_avg_pool2d":
+        return False
+    values = arguments(node)
+    size, fact = values["output_size"], getattr(values["input"], "meta", {}).get("fxc")
+    shape = getattr(fact, "shape", ())
+    return len(shape) == 4 and tuple(shape[2:]) == (tuple(size) if isinstance(size, tuple | list) else (size, size))
 
 
 def regions_of(products: Iterable[fx.Node], norms: Mapping[fx.Node, fx.Node] | None = None) -> list[Region]:
