@@ -16,13 +16,17 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TextIO
 
 sys.path.insert(0, str(Path(__file__).parent))
 import quantize_peer
-from quantize_models import Job, cached
+from quantize_models import PLACE, Job, cached
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,17 +65,55 @@ def compressed(job: Job, policy: str) -> fxcompress.Result:
 
 
 def ours(policy: str, **options: Any) -> Callable[[Job], Run]:
-    """The GraphModule that `finalize` gives under `policy`."""
+    """The GraphModule that `finalize` gives under `policy`: saved by a process of its own, and loaded, as it is
+    deployed, and as the files of other systems are."""
     def prepare(job: Job) -> Run:
-        module, inputs = compressed(job, policy).finalize(target="cpu", **options), job.inputs
+        import fxcompress
+
+        with made_elsewhere(_save, job.model, job.batch, policy, options) as folder:
+            module, inputs = fxcompress.load(folder), job.inputs
+        return lambda: module(*inputs)
+
+    return prepare
+
+
+@contextmanager
+def made_elsewhere(make: Callable[..., None], *args: Any) -> Iterator[str]:
+    """A folder that `make(*args, folder)` has written to in a process of its own, which what it leaves in memory goes
+    with."""
+    with TemporaryDirectory(dir=PLACE) as folder:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as maker:
+            maker.submit(make, *args, folder).result()
+        yield folder
+
+
+def _save(model: str, batch: int, policy: str, options: Mapping[str, Any], folder: str) -> None:
+    import torch
+
+    import fxcompress
+
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        fxcompress.save(compressed(Job(model, batch), policy).finalize(target="cpu", **options), folder)
+
+
+def ours_compiled(policy: str, **options: Any) -> Callable[[Job], Run]:
+    """The same, compiled where it was made."""
+    def prepare(job: Job) -> Run:
+        module = compressed(job, policy).finalize(target="cpu", compile=True, **options)
+        inputs = job.inputs
         return lambda: module(*inputs)
 
     return prepare
 
 
 def auto(job: Job) -> Run:
-    """The fastest of what is installed."""
-    deployed, inputs = compressed(job, STATIC).finalize(target="auto", data=job.calibration[0]), job.inputs
+    """The fastest of what is installed; saved and loaded too."""
+    from fxcompress.backends.auto import Deployed
+
+    with made_elsewhere(_save_fastest, job.model, job.batch) as folder:
+        deployed, inputs = Deployed.load(folder), job.inputs
+        deployed(*inputs)  # some engines read the files when they first run
 
     def run() -> Any:
         return deployed(*inputs)
@@ -80,13 +122,22 @@ def auto(job: Job) -> Run:
     return run
 
 
+def _save_fastest(model: str, batch: int, folder: str) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    job = Job(model, batch)
+    with torch.no_grad():
+        compressed(job, STATIC).finalize(target="auto", data=job.calibration[0]).save(folder)
+
+
 CONTESTANTS: Mapping[str, Callable[[Job], Run]] = {
     "eager": eager,
     "ours_fp32": ours(FLOAT, pack=True),
-    "ours_fp32_compiled": ours(FLOAT, pack=True, compile=True),
+    "ours_fp32_compiled": ours_compiled(FLOAT, pack=True),
     "ours_int8": ours(STATIC),
-    "ours_int8_compiled": ours(STATIC, compile=True),
-    "ours_dynamic": ours(DYNAMIC), "ours_dynamic_compiled": ours(DYNAMIC, compile=True),
+    "ours_int8_compiled": ours_compiled(STATIC),
+    "ours_dynamic": ours(DYNAMIC), "ours_dynamic_compiled": ours_compiled(DYNAMIC),
     "ours_auto": auto,
     "ours_removed": ours(REMOVE),
     "ours_removed_int8": ours(REMOVE_AND_QUANTIZE),

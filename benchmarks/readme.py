@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import compensate
 import distill_step
 import quantize_accuracy
+import quantize_and_remove
 import quantize_digits
 import quantize_equalize
 import quantize_minilm
@@ -44,6 +45,7 @@ TABLES: Mapping[str, tuple[Path, Callable[[list[dict[str, Any]]], str]]] = {
     "accuracy": (remove_accuracy.RESULTS, remove_accuracy.table),
     "compensate": (compensate.RESULTS, compensate.table),
     "quantize-speed": (quantize_speed.RESULTS, quantize_speed.table),
+    "quantize-remove": (quantize_and_remove.RESULTS, quantize_and_remove.table),
     "quantize-accuracy": (quantize_accuracy.RESULTS, quantize_accuracy.table),
     "quantize-equalize": (quantize_equalize.RESULTS, quantize_equalize.table),
     "quantize-digits": (quantize_digits.RESULTS, quantize_digits.table),
