@@ -101,6 +101,11 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
+def made_by(process: int) -> Path:
+    """Where the workers that a process has started keep what is theirs alone."""
+    return PLACE / f"made-by-{process}"
+
+
 def cached(path: Path, make: Callable[[Path], Any]) -> Path:
     """`path`, which `make` writes (to a name beside it that ends alike) where it isn't there yet."""
     with locked(path):

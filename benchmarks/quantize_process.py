@@ -9,6 +9,7 @@ import os
 import queue
 import random
 import select
+import shutil
 import subprocess
 import sys
 import time
@@ -17,6 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from quantize_models import made_by
 
 WORKER = Path(__file__).with_name("quantize_worker.py")
 OUT = Path(__file__).parent.parent / "out/quantize_speed"
@@ -132,17 +135,18 @@ def ready(names: Sequence[str], model: str, batch: int, cores: Sequence[int], li
 @dataclass(frozen=True)
 class Rounds:
     """How long to measure: at most `most` rounds within `budget` seconds, but at least `least`; a contestant runs for
-    `share` seconds in a round, or once."""
+    `share` seconds in a round, or once. All that, `lives` times over, each with new processes."""
 
     most: int = 30
     least: int = 3
     budget: float = 60.0
     share: float = 0.05
+    lives: int = 2
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Rounds:
         """What the options of `options` say."""
-        return cls(most=args.rounds, least=min(args.rounds, cls.least), budget=args.budget)
+        return cls(most=args.rounds, least=min(args.rounds, cls.least), budget=args.budget, lives=args.lives)
 
 
 def options(parser: argparse.ArgumentParser, results: Path) -> None:
@@ -151,6 +155,8 @@ def options(parser: argparse.ArgumentParser, results: Path) -> None:
     parser.add_argument("--rounds", type=int, default=Rounds.most, help="at most (default %(default)s)")
     parser.add_argument("--budget", type=float, default=Rounds.budget, metavar="SECONDS",
                         help=f"to time each model and batch, {Rounds.least} rounds at least (default %(default)s)")
+    parser.add_argument("--lives", type=int, default=Rounds.lives, help="processes that each contestant has, one after "
+                        "another (default %(default)s)")
     parser.add_argument("--core", type=int, default=1, help="the core to measure on (default %(default)s)")
     parser.add_argument("--limit", type=float, default=900, metavar="SECONDS",
                         help="to prepare a contestant (default %(default)s)")
@@ -191,14 +197,26 @@ def in_turn(workers: Mapping[str, Worker], rounds: Rounds, core: int, seed: int 
 
 def measure(names: Sequence[str], model: str, batch: int, rounds: Rounds, core: int, limit: float,
             script: Path = WORKER) -> Measured:
-    """Prepare all, time all, end all. `script` is what each contestant runs. They are prepared in an order that chance
-    gives: on a virtual machine equal processes were found to be the slower, by up to half, the earlier they started."""
+    """Prepare all, time all, end all, and once more. `script` is what each contestant runs. They are prepared in an
+    order that chance gives: on a virtual machine equal processes were found to be the slower, by up to half, the
+    earlier they started."""
     cores = [core, *sorted(os.sched_getaffinity(0) - {core})[:1]]
-    workers, errors = ready(random.sample(names, len(names)), model, batch, cores, limit, script)
+    total = Measured({name: [] for name in names}, {}, {})
     try:
-        found = in_turn(workers, rounds, core)
+        for life in range(rounds.lives):
+            left = [name for name in names if name not in total.errors]
+            workers, errors = ready(random.sample(left, len(left)), model, batch, cores, limit, script)
+            try:
+                found = in_turn(workers, rounds, core, seed=life)
+            finally:
+                for worker in workers.values():
+                    worker.stop()
+            total.errors |= found.errors | errors
+            total.told |= {name: told for name, told in found.told.items() if name not in total.told}
+            for name, times in found.times.items():
+                total.times[name] += times
     finally:
-        for worker in workers.values():
-            worker.stop()
-    found.errors.update(errors)
-    return found
+        shutil.rmtree(made_by(os.getpid()), ignore_errors=True)
+    for name in total.errors:
+        total.times.pop(name, None)
+    return total

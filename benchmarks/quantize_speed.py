@@ -5,8 +5,9 @@
     python benchmarks/quantize_speed.py --show                        # the tables of the CSV, without running anything
 
 Each contestant has its own process, all are prepared before any is timed, and each is timed once a round, on the same
-core, in an order that chance gives; a round's ratio is the time of eager fp32 over the contestant's in that round.
-Inputs are 224 x 224, or 128 tokens. Times are processor time of all threads of the process, which one core bounds.
+core, in an order that chance gives; then all over again, with other processes. A round's ratio is the time of eager
+fp32 over the contestant's in that round. Inputs are 224 x 224, or 128 tokens. Times are processor time of all threads
+of the process, which one core bounds.
 Packages: `pip install -e ".[bench,peers]"`. What is converted is kept in out/quantize_speed.
 """
 

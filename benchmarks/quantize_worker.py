@@ -11,22 +11,21 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import hashlib
 import json
 import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TextIO
 
 sys.path.insert(0, str(Path(__file__).parent))
 import quantize_peer
-from quantize_models import PLACE, Job, cached
+from quantize_models import Job, cached, made_by
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,24 +69,24 @@ def ours(policy: str, **options: Any) -> Callable[[Job], Run]:
     def prepare(job: Job) -> Run:
         import fxcompress
 
-        with made_elsewhere(_save, job.model, job.batch, policy, options) as folder:
-            module, inputs = fxcompress.load(folder), job.inputs
+        module, inputs = fxcompress.load(made_elsewhere(_save, job.model, job.batch, policy, options)), job.inputs
         return lambda: module(*inputs)
 
     return prepare
 
 
-@contextmanager
-def made_elsewhere(make: Callable[..., None], *args: Any) -> Iterator[str]:
+def made_elsewhere(make: Callable[..., None], *args: Any) -> Path:
     """A folder that `make(*args, folder)` has written to in a process of its own, which what it leaves in memory goes
-    with."""
-    with TemporaryDirectory(dir=PLACE) as folder:
+    with. The script that started this worker finds it again for the next one, and takes it away."""
+    def run(folder: Path) -> None:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as maker:
             maker.submit(make, *args, folder).result()
-        yield folder
+
+    key = hashlib.sha256(repr((make.__name__, *args)).encode()).hexdigest()[:16]
+    return cached(made_by(os.getppid()) / key, run)
 
 
-def _save(model: str, batch: int, policy: str, options: Mapping[str, Any], folder: str) -> None:
+def _save(model: str, batch: int, policy: str, options: Mapping[str, Any], folder: Path) -> None:
     import torch
 
     import fxcompress
@@ -107,28 +106,29 @@ def ours_compiled(policy: str, **options: Any) -> Callable[[Job], Run]:
     return prepare
 
 
-def auto(job: Job) -> Run:
+def auto(policy: str) -> Callable[[Job], Run]:
     """The fastest of what is installed; saved and loaded too."""
-    from fxcompress.backends.auto import Deployed
+    def prepare(job: Job) -> Run:
+        from fxcompress.backends.auto import Deployed
 
-    with made_elsewhere(_save_fastest, job.model, job.batch) as folder:
-        deployed, inputs = Deployed.load(folder), job.inputs
-        deployed(*inputs)  # some engines read the files when they first run
+        deployed, inputs = Deployed.load(made_elsewhere(_save_fastest, job.model, job.batch, policy)), job.inputs
 
-    def run() -> Any:
-        return deployed(*inputs)
+        def run() -> Any:
+            return deployed(*inputs)
 
-    run.detail = f"{deployed.engine} {deployed.precision}"  # type: ignore[attr-defined]
-    return run
+        run.detail = f"{deployed.engine} {deployed.precision}"  # type: ignore[attr-defined]
+        return run
+
+    return prepare
 
 
-def _save_fastest(model: str, batch: int, folder: str) -> None:
+def _save_fastest(model: str, batch: int, policy: str, folder: Path) -> None:
     import torch
 
     torch.set_num_threads(1)
     job = Job(model, batch)
     with torch.no_grad():
-        compressed(job, STATIC).finalize(target="auto", data=job.calibration[0]).save(folder)
+        compressed(job, policy).finalize(target="auto", data=job.calibration[0]).save(folder)
 
 
 CONTESTANTS: Mapping[str, Callable[[Job], Run]] = {
@@ -138,14 +138,15 @@ CONTESTANTS: Mapping[str, Callable[[Job], Run]] = {
     "ours_int8": ours(STATIC),
     "ours_int8_compiled": ours_compiled(STATIC),
     "ours_dynamic": ours(DYNAMIC), "ours_dynamic_compiled": ours_compiled(DYNAMIC),
-    "ours_auto": auto,
+    "ours_auto": auto(STATIC),
     "ours_removed": ours(REMOVE),
     "ours_removed_int8": ours(REMOVE_AND_QUANTIZE),
+    "ours_removed_auto": auto(REMOVE_AND_QUANTIZE),
     **quantize_peer.CONTESTANTS,
 }
 # Compiled under `no_grad`, as their documents have it.
 NOT_INFERENCE = frozenset({"inductor", "pt2e", "pt2e_cpp", "ours_fp32_compiled", "ours_int8_compiled",
-                           "ours_dynamic_compiled", "ours_auto"})
+                           "ours_dynamic_compiled", "ours_auto", "ours_removed_auto"})
 
 
 def reference(job: Job) -> Tensor:
