@@ -162,6 +162,21 @@ def test_convolutions_in_exact_arithmetic(groups: int, stride: int, size: int, a
         check(layer(q.to(memory_format=torch.channels_last)), expected, after)
 
 
+@pytest.mark.usefixtures("products")
+@pytest.mark.parametrize(("top", "most"), [(255, 127), (127, 127), (255, 63)])
+def test_depthwise_convolutions_in_exact_arithmetic(top: int, most: int) -> None:
+    """FBGEMM's saturate where two products don't fit 16 bits, with VNNI instructions too."""
+    weight = torch.full((8, 1, 3, 3), most, dtype=torch.int8)
+    q = torch.full((2, 8, 9, 9), top, dtype=torch.uint8).to(memory_format=torch.channels_last)
+    after = After(Grid(1.0, 0))
+    layer = IntConv2d(weight.shape, False, Grid(0.05, 0, 0, top), after, (1, 1), (1, 1), (1, 1), 8)
+    layer.fill(weight, torch.full((8,), 0.01), None)
+    total = F.conv2d(q.double(), weight.double(), None, 1, 1, 1, 8) * 0.05 * float(torch.tensor(0.01))
+    found = layer(q)
+    if top < 255 or most < 127 or not saturates():  # these alone are asked of a CPU without VNNI
+        check(found, exact(total, after, None, lambda x: x), after)
+
+
 def test_bytes_in_a_chain_are_read_on_their_own_grid() -> None:
     """A layer remembers the quantized tensor that its bytes were; the next one may read them on another grid."""
     torch.manual_seed(6)

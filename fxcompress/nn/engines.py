@@ -47,11 +47,13 @@ def conv2d(layer: IntConv2d, shape: torch.Size) -> Kernel:
         for size, pad, spread, kernel, stride in zip(shape[2:], layer.padding, layer.dilation, layer.shape[2:],
                                                      layer.stride, strict=True))
     products = layer.weight.numel() * places
-    few = {1: FEW_PRODUCTS, layer.shape[0]: FEW_DEPTHWISE}.get(layer.groups, 0)
-    if products < few and layer.after.gives is not None and _takes(layer.after):
+    few, fits = {1: FEW_PRODUCTS, layer.shape[0]: FEW_DEPTHWISE}.get(layer.groups, 0), _pairs_fit(layer)
+    if products < few and fits and layer.after.gives is not None and _takes(layer.after):
         why = f"{products / 1e6:.2g} M products are few: less overhead for each call"
         return Kernel("fbgemm", why, _quantized(layer, "conv2d", _filters(layer, "fbgemm"), torch.channels_last))
-    why = _objection(layer.after) if products < few else f"{products / 1e6:.2g} M products: the faster one at many"
+    why = f"{products / 1e6:.2g} M products: the faster one at many"
+    if products < few:
+        why = _objection(layer.after) if fits else "FBGEMM's sums would saturate"
     if layer.after.adds is not None and places * layer.shape[0] >= MANY_SUMS and _plain(layer.after) and (
             quantized_dtypes.available("onednn")):
         return Kernel("onednn", why, _adding_conv2d(layer, shape))
@@ -135,6 +137,12 @@ def _listed(value: Any) -> Any:
 def _takes(after: After) -> bool:
     """Whether FBGEMM can do what follows the product: nothing but bounds, which integers are clamped to."""
     return quantized_dtypes.available("fbgemm") and after.adds is None and after.bounds is not None
+
+
+def _pairs_fit(layer: IntConv2d) -> bool:
+    """Whether no sum of two products saturates 16 bits, where FBGEMM sums so: for filters of one channel it does,
+    whatever the CPU has."""
+    return layer.groups == 1 or 2 * layer.reads.high * int(layer.weight.abs().max()) < 2**15
 
 
 def _integers(after: After) -> tuple[int, int] | None:
