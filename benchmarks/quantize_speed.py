@@ -180,7 +180,12 @@ def _how(rows: Sequence[Row], pairs: Mapping[Pair, Mapping[str, Row]]) -> str:
              if len({row["run"] for row in mine.values()}) > 1]
     several = f" Not all of one run: {', '.join(mixed)}." if mixed else ""
     drifts = [float(row["drift"]) for row in rows if number(row, "drift") is not None and not garbage(row)]
-    cpus = " or ".join(sorted({str(row["cpu"]) for row in rows}))
+    by_cpu: dict[str, list[str]] = {}
+    for (model, batch), mine in pairs.items():
+        by_cpu.setdefault(" or ".join(sorted({str(row["cpu"]) for row in mine.values()})), []).append(
+            f"{model} at batch {batch}")
+    most = max(by_cpu, key=lambda cpu: len(by_cpu[cpu]), default="")
+    cpus = "; ".join([most, *(f"but {cpu} for {', '.join(names)}" for cpu, names in by_cpu.items() if cpu != most)])
     return (f"Medians of paired ratios, {counts[0] if counts else 0} to {counts[-1] if counts else 0} rounds; the "
             f"quartiles of a ratio lie {apart:.0%} apart in the median. One pinned core ({cpus}), one thread, 224 x "
             "224, MiniLM 128 tokens; glibc's allocator keeps its pages (`MALLOC_TRIM_THRESHOLD_`, "
