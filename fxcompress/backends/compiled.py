@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any
 
@@ -22,7 +22,7 @@ class Frozen:
 
     def __init__(self, module: fx.GraphModule) -> None:
         """Compiles nothing yet."""
-        run = module._call_impl
+        run: Callable[..., Any] = module._call_impl
         self._names = [str(node.target) for node in module.graph.find_nodes(op="placeholder")]
 
         def call(*args: Any, **kwargs: Any) -> Any:

@@ -147,7 +147,8 @@ class IntAdaptiveMean(nn.Module):
     def __init__(self, output_size: Sequence[int]) -> None:
         """`output_size` has two numbers."""
         super().__init__()
-        self.output_size = tuple(output_size)
+        high, wide = output_size
+        self.output_size = (high, wide)
 
     def forward(self, q: Tensor) -> Tensor:
         """uint8 [N, C, *output_size]."""
