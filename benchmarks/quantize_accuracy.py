@@ -13,7 +13,7 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -54,17 +54,22 @@ def measure(way: str, model: nn.Module, calibration: Tensor, test: Tensor, expec
     policy = f"policy small {{ quantize conv2d | linear {{ {WAYS[way]} }} }}"
     result = fxcompress.compile(policy, model, test[:1], calibration=list(calibration.split(BATCH)))
     seconds = time.process_time() - begun
-    found = logits(result.finalize(target="cpu"), test)
+    found = outputs(result.finalize(target="cpu"), test)
     agreement = float((found.argmax(1) == expected.argmax(1)).double().mean())
-    noise = float((found - expected).double().square().sum() / expected.double().square().sum())
-    return {"way": way, "settings": WAYS[way], "agreement": agreement, "sqnr": -10 * math.log10(noise),
+    return {"way": way, "settings": WAYS[way], "agreement": agreement, "sqnr": sqnr(found, expected),
             "seconds": seconds}
 
 
 @torch.no_grad()
-def logits(model: nn.Module, images: Tensor) -> Tensor:
-    """[N, 1000]."""
+def outputs(model: nn.Module, images: Tensor) -> Tensor:
+    """What `model` gives for all images, [N, ...]."""
     return torch.cat([model(part) for part in images.split(BATCH)])
+
+
+def sqnr(found: Tensor, expected: Tensor) -> float:
+    """How much larger than their error the outputs are, in dB."""
+    noise = float((found - expected).double().square().sum() / expected.double().square().sum())
+    return -10 * math.log10(noise)
 
 
 def table(rows: list[Row]) -> str:
@@ -75,22 +80,34 @@ def table(rows: list[Row]) -> str:
         for row in rows])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="*", choices=sorted(WAYS), default=list(WAYS))
-    parser.add_argument("--out", type=Path, default=RESULTS)
+def prepared() -> Callable[[str], Row]:
+    """What measures one way."""
+    (calibration, test), model = crops(), efficientnet_lite0()
+    expected = outputs(model, test)
+    return lambda way: measure(way, model, calibration, test, expected)
+
+
+def each_way(description: str, ways: Collection[str], results: Path, columns: Sequence[str],
+             prepared: Callable[[], Callable[[str], Row]], table: Callable[[list[Row]], str]) -> None:
+    """The command: measures the ways that it is asked for, and keeps the rows of the others."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--only", nargs="*", choices=sorted(ways), default=list(ways))
+    parser.add_argument("--out", type=Path, default=results)
     parser.add_argument("--show", action="store_true", help="print the table of the CSV")
     args = parser.parse_args()
     if not args.show:
         torch.set_num_threads(1)
-        (calibration, test), model = crops(), efficientnet_lite0()
-        expected = logits(model, test)
+        measured = prepared()
         done = {row["way"]: row for row in read(args.out)} if args.out.exists() else {}
         for way in args.only:
-            done[way] = measure(way, model, calibration, test, expected)
-            write(args.out, [done[name] for name in WAYS if name in done], COLUMNS)
+            done[way] = measured(way)
+            write(args.out, [done[name] for name in ways if name in done], columns)
             print(table([done[way]]).splitlines()[-1], flush=True)
     print(table(read(args.out)))
+
+
+def main() -> None:
+    each_way(__doc__.splitlines()[0], WAYS, RESULTS, COLUMNS, prepared, table)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,8 @@ What is measured is the finalized model: integer kernels on this CPU.
 
 from __future__ import annotations
 
-import argparse
-import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -27,11 +25,11 @@ import fxcompress
 
 sys.path.insert(0, str(Path(__file__).parent))
 from photographs import crops
-from tables import Row, markdown, read, write
+from quantize_accuracy import BATCH, each_way, outputs, sqnr
+from tables import Row, markdown
 
 RESULTS = Path(__file__).parent / "results/quantize_equalize.csv"
 COLUMNS = ("way", "settings", "cosine", "least", "sqnr")
-BATCH = 21
 _ONE = "granularity = per_tensor"
 # Name -> the settings of `quantize conv2d`.
 WAYS: Mapping[str, str] = {
@@ -76,17 +74,10 @@ def measure(way: str, model: nn.Module, calibration: Tensor, test: Tensor, expec
     """One way to quantize all convolutions."""
     policy = f"policy small {{ quantize conv2d {{ {WAYS[way]} }} }}"
     result = fxcompress.compile(policy, model, test[:1], calibration=list(calibration.split(BATCH)))
-    found = features(result.finalize(target="cpu"), test)
+    found = outputs(result.finalize(target="cpu"), test)
     cosine = F.cosine_similarity(found, expected)
-    noise = float((found - expected).double().square().sum() / expected.double().square().sum())
     return {"way": way, "settings": WAYS[way], "cosine": float(cosine.mean()), "least": float(cosine.min()),
-            "sqnr": -10 * math.log10(noise)}
-
-
-@torch.no_grad()
-def features(model: nn.Module, images: Tensor) -> Tensor:
-    """[N, 1280]."""
-    return torch.cat([model(part) for part in images.split(BATCH)])
+            "sqnr": sqnr(found, expected)}
 
 
 def table(rows: list[Row]) -> str:
@@ -96,22 +87,15 @@ def table(rows: list[Row]) -> str:
         for row in rows])
 
 
+def prepared() -> Callable[[str], Row]:
+    """What measures one way."""
+    (calibration, test), model = map(normalized, crops()), Features()
+    expected = outputs(model, test)
+    return lambda way: measure(way, model, calibration, test, expected)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="*", choices=sorted(WAYS), default=list(WAYS))
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--show", action="store_true", help="print the table of the CSV")
-    args = parser.parse_args()
-    if not args.show:
-        torch.set_num_threads(1)
-        (calibration, test), model = map(normalized, crops()), Features()
-        expected = features(model, test)
-        done = {row["way"]: row for row in read(args.out)} if args.out.exists() else {}
-        for way in args.only:
-            done[way] = measure(way, model, calibration, test, expected)
-            write(args.out, [done[name] for name in WAYS if name in done], COLUMNS)
-            print(table([done[way]]).splitlines()[-1], flush=True)
-    print(table(read(args.out)))
+    each_way(__doc__.splitlines()[0], WAYS, RESULTS, COLUMNS, prepared, table)
 
 
 if __name__ == "__main__":
