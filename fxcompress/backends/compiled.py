@@ -48,7 +48,6 @@ class Frozen:
             self._seen.add(key)
             return made
 
-
     def _by_place(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments given by name are given by place, as far as none is left out before them: compiled once."""
         left = dict(kwargs)

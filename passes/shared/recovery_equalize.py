@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 import torch
 from torch import Tensor, fx
@@ -54,14 +55,14 @@ class Largest:
 
 
 @dataclass
-class _First:
-    """The first value that is seen."""
+class _Kept:
+    """The value that is seen last."""
 
     value: object = None
 
     def see(self, value: Tensor) -> None:
         """Take it."""
-        self.value = value.detach().clone() if self.value is None and isinstance(value, Tensor) else self.value
+        self.value = value
 
 
 @dataclass
@@ -156,11 +157,12 @@ def _unbound(captured: Captured, pairs: Sequence[Pair], data: Calibration) -> li
     """Make the activations of `pairs` ReLUs, and say by how much that moves what the model gives for one batch."""
     if not pairs:
         return []
-    before = _outputs(captured, data)
+    batch = replace(data, batches=list(islice(data.batches, 1)), watch=None)  # one for both: a loader may shuffle
+    before = _outputs(captured, batch)
     for pair in pairs:
         pair.unbind()
     captured.refresh()
-    after = _outputs(captured, data)
+    after = _outputs(captured, batch)
     moved = sum(float((a - b).double().square().sum()) for a, b in zip(after, before, strict=True))
     norm = sum(float(b.double().square().sum()) for b in before)
     share = (moved / max(norm, 1e-30)) ** 0.5
@@ -169,12 +171,12 @@ def _unbound(captured: Captured, pairs: Sequence[Pair], data: Calibration) -> li
 
 
 def _outputs(captured: Captured, data: Calibration) -> list[Tensor]:
-    """What the model gives in floats for the first batch."""
+    """What the model gives in floats for the one batch of `data`."""
     output, = captured.graph.find_nodes(op="output")
-    seen = {node: _First() for node in output.all_input_nodes}
+    seen = {node: _Kept() for node in output.all_input_nodes}
     with without_rounding(captured):
-        data.feed(captured, {node: [first] for node, first in seen.items()})
-    return [first.value for first in seen.values() if isinstance(first.value, Tensor)]
+        data.feed(captured, {node: [kept] for node, kept in seen.items()})
+    return [kept.value for kept in seen.values() if isinstance(kept.value, Tensor)]
 
 
 def _pairs(captured: Captured, layers: Sequence[Layer], notes: list[str]) -> Iterator[Pair]:
