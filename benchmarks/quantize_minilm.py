@@ -32,15 +32,20 @@ RESULTS = Path(__file__).parent / "results/quantize_minilm.csv"
 COLUMNS = ("way", "weights", "values", "settings", "cosine", "least", "layers", "bytes")
 BATCH = 32
 _NARROW = "bits = 8 bits, weight_bits = 7 bits"  # no two products of these saturate 16 bits
+_FITS = "bits = 8 bits, fit_pairs = true"  # nor of these
 # Name -> bits of weights and of values, for the table, and the settings of `quantize linear`.
 WAYS: Mapping[str, tuple[str, str, str]] = {
     "static, values in 7 bits": ("8", "7", "bits = 7 bits"),
     "static, weights in 7 bits": ("7", "8", _NARROW),
     "static, weights in 7 bits, smooth": ("7", "8", f"{_NARROW}, smooth = 50%"),
+    "static, weights that fit": ("8", "8", _FITS),
+    "static, weights that fit, smooth": ("8", "8", f"{_FITS}, smooth = 50%"),
     "dynamic, per tensor": ("8", "7", "mode = dynamic, bits = 7 bits"),
     "dynamic, per tensor, weights in 7 bits": ("7", "8", f"mode = dynamic, {_NARROW}"),
+    "dynamic, per tensor, weights that fit": ("8", "8", f"mode = dynamic, {_FITS}"),
     "dynamic, per token": ("8", "7", "mode = dynamic, bits = 7 bits, activations = per_token"),
     "dynamic, per token, weights in 7 bits": ("7", "8", f"mode = dynamic, {_NARROW}, activations = per_token"),
+    "dynamic, per token, weights that fit": ("8", "8", f"mode = dynamic, {_FITS}, activations = per_token"),
     "weights alone, int8": ("8", "32", "mode = weight_only"),
     "weights alone, int4": ("4", "32", "mode = weight_only, weight_bits = 4 bits, granularity = per_group(32)"),
     "weights alone, int4, gptq": ("4", "32", "mode = weight_only, weight_bits = 4 bits, granularity = per_group(32), "
@@ -124,7 +129,7 @@ def main() -> None:
             row = measure(way)
             if row is not None:
                 rows[way] = row
-                write(args.out, rows.values(), COLUMNS)
+                write(args.out, [rows[name] for name in (*WAYS, PEER) if name in rows], COLUMNS)
         if args.peer:
             with ProcessPoolExecutor(1, get_context("spawn")) as pool:
                 rows[PEER] = pool.submit(peer).result()

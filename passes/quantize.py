@@ -24,7 +24,7 @@ MEANT: Mapping[str, tuple[str, ...]] = {
     "observer": ("static", "qat"), "delay": ("qat",), "freeze": ("qat",),
     "equalize": ("static",), "relu6_to_relu": ("static",), "smooth": ("static", "dynamic"),
     "adaround": ("static", "weight_only"), "gptq": ("static", "dynamic", "weight_only"),
-    "correct_bias": ("static",), "mixed": ("static",),
+    "correct_bias": ("static",), "mixed": ("static",), "fit_pairs": ("static", "dynamic"),
 }
 RECOVERIES = ("equalize", "smooth", "adaround", "gptq", "correct_bias", "mixed")  # what data can win back
 
@@ -48,9 +48,13 @@ class Quantize(Pass):
         "floats", "static")
     bits: int | None = param(
         Bits(low=2, high=8), "of the integers that layers read and give, which kernels hold in bytes; without it 8, or "
-        "7 where the CPU's products of bytes saturate (no VNNI instructions)", None)
+        "in `qat` 7 where the CPU's products of bytes saturate (no VNNI instructions)", None)
     weight_bits: int = param(Bits(low=2, high=8), "of the weights' integers, which kernels hold in bytes; those of "
                              "`weight_only` two in a byte up to 4 bits", 8)
+    fit_pairs: bool | None = param(
+        Boolean(), "scales of weights such that no two neighbours sum to more than 128: then products of bytes "
+        "saturate on no CPU, and 8 bits give the same numbers on all; without it, done where this CPU's would (no VNNI "
+        "instructions)", None)
     dtype: str = param(Choice(("quint8", "qint8")), "whether the integers of values count from 0, or from the negative "
                        "half; it is the same grid, and kernels count from 0", "quint8")
     granularity: str | Call = param(

@@ -14,7 +14,6 @@ import fxcompress
 from fxcompress.diagnostics import PlanError, PolicyError
 from fxcompress.graph.ops import kind_of
 from fxcompress.nn import DynamicLinear, DynamicQuantizer, quantized_dtypes
-from fxcompress.nn.integer import saturates
 from fxcompress.nn.scheme import Scheme
 from fxcompress.passes import Quantize
 
@@ -133,14 +132,26 @@ def test_gradients_pass_as_if_nothing_were_rounded() -> None:
     assert not torch.equal(made, x) and len(made.detach().unique()) <= 8
 
 
-@pytest.mark.skipif(not saturates(), reason="products of bytes don't saturate here")
-def test_what_saturates_is_not_lowered_and_told() -> None:
+def test_what_saturates_is_not_lowered_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("nn.dynamic", "backends.dynamic", "passes.shared.quantizing"):
+        monkeypatch.setattr(f"fxcompress.{module}.saturates", lambda: True)
     torch.manual_seed(0)
-    result, small = deployed("bits = 8 bits, weight_bits = 8 bits", Mlp().eval(), torch.randn(2, 32))
+    result, small = deployed("fit_pairs = false", Mlp().eval(), torch.randn(2, 32))
     assert not any(isinstance(module, DynamicLinear) for module in small.modules())
     assert any("saturate" in note and "stays in float" in note for note in result.notes)
-    _, small = deployed("bits = 8 bits, weight_bits = 7 bits", Mlp().eval(), torch.randn(2, 32))
-    assert sum(isinstance(module, DynamicLinear) for module in small.modules()) == 3
+    for keys in ("weight_bits = 7 bits", "bits = 7 bits", "fit_pairs = true", ""):
+        _, small = deployed(keys, Mlp().eval(), torch.randn(2, 32))
+        assert sum(isinstance(module, DynamicLinear) for module in small.modules()) == 3
+
+
+def test_a_layer_that_would_saturate_where_it_is_loaded_computes_in_floats(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    _, small = deployed("fit_pairs = false", Mlp().eval(), x := torch.randn(2, 32))
+    expected = small(x)
+    monkeypatch.setattr("fxcompress.nn.dynamic.saturates", lambda: True)
+    there = copy.deepcopy(small)
+    assert not all(part.check() for part in there.modules() if isinstance(part, DynamicLinear))
+    assert torch.allclose(there(x), expected, atol=1e-5)
 
 
 def test_convolutions_are_refused_with_the_reason() -> None:

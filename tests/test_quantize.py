@@ -21,8 +21,9 @@ from fxcompress.engine import integers
 from fxcompress.graph.ops import kind_of, module_of
 from fxcompress.inspect import report
 from fxcompress.nn import IntConv2d, IntLinear, Quantizer, engines, quantized_dtypes
-from fxcompress.nn.integer import After, Grid, saturates
+from fxcompress.nn.integer import After, Grid
 from fxcompress.nn.moving import IntAdaptiveMean, IntMaxPool2d, IntMean, ToInteger
+from fxcompress.nn.pairs import saturates
 from fxcompress.nn.scheme import Scheme
 from fxcompress.passes import Quantize
 from fxcompress.passes.shared.fold_norms import fold

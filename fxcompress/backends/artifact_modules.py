@@ -104,11 +104,12 @@ BIAS = Argument(lambda cursor: cursor.boolean(), _has("bias"))
 
 
 
-def _record(cls: type[Any], **fields: Callable[[Cursor], Any]) -> Callable[[Cursor], Any]:
-    """Reads a small dataclass, each of its fields by name."""
+def _record(cls: type[Any], later: tuple[str, ...] = (), **fields: Callable[[Cursor], Any]) -> Callable[[Cursor], Any]:
+    """Reads a small dataclass, each of its fields by name; those of `later` came after the first artifacts, which lack
+    them."""
     def read(cursor: Cursor) -> Any:
-        found = cursor.fields(tuple(fields))
-        return cls(**{name: of(found[name]) for name, of in fields.items()})
+        found = cursor.fields(tuple(name for name in fields if name not in later), later)
+        return cls(**{name: fields[name](value) for name, value in found.items()})
 
     return read
 
@@ -122,8 +123,8 @@ _grid = _record(Grid, scale=lambda c: c.number(), zero_point=lambda c: c.integer
                 high=lambda c: c.integer())
 _RECORDS: Mapping[str, Callable[[Cursor], Any]] = {
     "gives": _grid, "reads": _grid,
-    "scheme": _record(Scheme, bits=lambda c: c.integer(1, 32), signed=lambda c: c.boolean(),
-                      symmetric=lambda c: c.boolean(), narrow=lambda c: c.boolean()),
+    "scheme": _record(Scheme, ("pairs",), bits=lambda c: c.integer(1, 32), signed=lambda c: c.boolean(),
+                      symmetric=lambda c: c.boolean(), narrow=lambda c: c.boolean(), pairs=lambda c: c.boolean()),
     "after": _record(After, gives=_or_none(_grid), adds=_or_none(_grid), copies=lambda c: c.boolean(),
                      activation=lambda c: c.text(32), numbers=lambda c: tuple(item.number() for item in c.items(8))),
 }

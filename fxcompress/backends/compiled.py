@@ -11,7 +11,9 @@ from torch import Tensor, fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.utils._pytree import tree_leaves
 
+from ..nn.dynamic import DynamicLinear
 from ..nn.engines import OTHER
+from ..nn.integer import Product
 
 _STATE = ("GLOBAL_STATE", "SHAPE_ENV", "DUPLICATE_INPUT")  # guards that aren't about the module
 
@@ -22,6 +24,9 @@ class Frozen:
 
     def __init__(self, module: fx.GraphModule) -> None:
         """Compiles nothing yet."""
+        for part in module.modules():
+            if isinstance(part, Product | DynamicLinear):
+                part.check()
         run: Callable[..., Any] = module._call_impl
         self._names = [str(node.target) for node in module.graph.find_nodes(op="placeholder")]
 

@@ -9,7 +9,7 @@ from torch import fx
 from ..graph.captured import Captured
 from ..graph.ops import arguments, kind_of, module_of
 from ..nn.dynamic import DynamicLinear, DynamicQuantizer
-from ..nn.integer import saturates
+from ..nn.pairs import fit, saturates
 from ..passes.shared.quantizing import SAFE_BITS
 from .float_io import bias_of, layers_of, put_kernel, rounded
 
@@ -25,11 +25,11 @@ def lower_dynamic(captured: Captured, done: Lowered) -> None:
         rounding = module_of(data) if isinstance(data, fx.Node) and data.op == "call_module" else None
         if kind_of(node) != "linear" or not isinstance(rounding, DynamicQuantizer):
             continue
+        integers, scale, _ = rounded(captured, node, quantizer)
         bits = rounding.scheme.bits, quantizer.scheme.bits
-        if saturates() and sum(bits) > SAFE_BITS:
+        if saturates() and not fit(quantizer.outputs(integers), rounding.scheme.high):
             done.left[node.name] = (f"{bits[0]} bits by {bits[1]} saturate on this CPU; {SAFE_BITS} in all are safe")
             continue
-        integers, scale, _ = rounded(captured, node, quantizer)
         bias = bias_of(captured, node)
         made = DynamicLinear(integers.shape, bias is not None, rounding.scheme, rounding.per_token, quantizer.group)
         made.fill(integers, scale, bias)

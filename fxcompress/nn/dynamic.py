@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import quantized_dtypes
+from .pairs import fit, saturates
 from .quantizer import groups_of
 from .scheme import Scheme
 
@@ -61,7 +62,7 @@ class _Packed:
     holds nothing."""
 
     def __init__(self) -> None:
-        self.parts: list[_OneDnn | _Fbgemm] = []
+        self.parts: list[_Part] = []
         self.sums: Tensor | None = None
 
     def __reduce__(self) -> tuple[type[_Packed], tuple[()]]:
@@ -121,12 +122,12 @@ class DynamicLinear(nn.Module):
     def _products(self, rows: Tensor) -> Tensor:
         """The sums of products of the rows, rounded, with the weights, times the weights' scales: [rows, out]."""
         if torch.compiler.is_compiling():
-            made: Sequence[_OneDnn | _Fbgemm] = [_OneDnn(part, scale) for part, scale in self._parts()]
+            floats = any(isinstance(part, _Floats) for part in self._packed.parts)
+            library: type[_Part] = _Floats if floats else _OneDnn
+            made: Sequence[_Part] = [library(part, scale) for part, scale in self._parts()]
         else:
             if not self._packed.parts:
-                library = _Fbgemm if quantized_dtypes.available("fbgemm") else _OneDnn
-                self._packed.parts = [library(part, scale) for part, scale in self._parts()]
-                self._packed.sums = self._sums()
+                self._pack()
             made = self._packed.parts
         if len(made) == 1:
             return made[0](rows)
@@ -135,6 +136,20 @@ class DynamicLinear(nn.Module):
         for kernel, piece in zip(made[1:], pieces[1:], strict=True):
             total += kernel(piece.contiguous())
         return total
+
+    def check(self) -> bool:
+        """Whether its kernels compute it exactly on this CPU; else it is computed in floats. Looked at once, and not
+        while a graph is traced: there it has to be known."""
+        if saturates() and not self._packed.parts:
+            self._pack()
+        return not any(isinstance(part, _Floats) for part in self._packed.parts)
+
+    def _pack(self) -> None:
+        library: type[_Part] = _Fbgemm if quantized_dtypes.available("fbgemm") else _OneDnn
+        if saturates() and not all(fit(part, self.scheme.high) for part, _ in self._parts()):
+            library = _Floats
+        self._packed.parts = [library(part, scale) for part, scale in self._parts()]
+        self._packed.sums = self._sums()
 
     def extra_repr(self) -> str:
         """The weight's shape, the integers of the values, and what has a grid."""
@@ -167,3 +182,17 @@ class _Fbgemm:
         """From floats that count from 0, [rows, in], to scaled sums [rows, out]."""
         made: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(rows, 1.0, 0, self.packed)
         return made
+
+
+class _Floats:
+    """The same in float32, for products of which sums of two would saturate on this CPU."""
+
+    def __init__(self, weight: Tensor, scale: Tensor) -> None:
+        self.weight = weight * scale[:, None]
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """From floats that count from 0, [rows, in], to scaled sums [rows, out]."""
+        return nn.functional.linear(rows.round(), self.weight)
+
+
+_Part = _OneDnn | _Fbgemm | _Floats

@@ -7,13 +7,14 @@ images, the one on quantized dtypes is the faster.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from . import quantized_dtypes
 
@@ -75,6 +76,29 @@ def linear(layer: IntLinear, shape: torch.Size) -> Kernel:
     packed = _D.qlinear_prepack(layer.weight, shape)
     why = _objection(layer.after) if rows < FEW_ROWS else why
     return Kernel("onednn", why, _onednn(layer, packed, _D.qlinear_pointwise, _D.qlinear_pointwise.binary, ()))
+
+
+def in_floats(layer: Product, q: Tensor, other: Tensor | None) -> Tensor:
+    """What `layer` gives, computed in float32: for products that no kernel computes exactly on this CPU."""
+    after, reads = layer.after, layer.reads
+    total = layer.summed(q.to(torch.float32) - reads.zero_point)
+    shape = (-1, 1, 1) if total.dim() == 4 and layer.weight.dim() == 4 else (-1,)
+    total = total * (layer.weight_scale * reads.scale).reshape(shape)
+    total = total if layer.bias is None else total + layer.bias.reshape(shape)
+    if after.adds is not None:
+        assert other is not None
+        total = total + (other.to(torch.float32) - after.adds.zero_point) * after.adds.scale
+    total = _FUNCTIONS[after.activation](total, *after.numbers)
+    if after.gives is None:
+        return total
+    steps = (total * (1.0 / after.gives.scale)).round() + after.gives.zero_point
+    return steps.clamp(after.gives.low, after.gives.high).to(torch.uint8)
+
+
+# oneDNN's name of an activation -> the function.
+_FUNCTIONS: Mapping[str, Callable[..., Tensor]] = {
+    "none": lambda x: x, "relu": F.relu, "hardtanh": F.hardtanh, "hardswish": F.hardswish, "swish": F.silu,
+}
 
 
 def traced_conv2d(layer: IntConv2d, q: Tensor, other: Tensor | None) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from . import engines
+from .pairs import SATURATES, fit, saturates
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,6 @@ class Grid:
 
 
 FLOATS = Grid(1.0, 0)  # a tensor of floats, where a kernel wants a grid
-
-
-def saturates() -> bool:
-    """Whether sums of two products of u8 and s8 saturate 16 bits on this CPU (`vpmaddubsw`): without VNNI instructions
-    activations have to stay within 7 bits."""
-    return not torch.cpu._is_vnni_supported()
 
 
 def is_fake(q: Tensor) -> bool:
@@ -77,6 +72,7 @@ class _Packed:
 
     def __init__(self) -> None:
         self.kernels: dict[torch.Size, engines.Kernel] = {}
+        self.exact: bool | None = None
 
     def __reduce__(self) -> tuple[type[_Packed], tuple[()]]:
         return _Packed, ()
@@ -109,14 +105,25 @@ class Product(nn.Module):
     def forward(self, q: Tensor, other: Tensor | None = None) -> Tensor:
         """The product of `q` (uint8), uint8 or float32; with `after.adds`, `other` is added to it."""
         if torch.compiler.is_compiling():
-            return self._traced(q, other)
+            return self._traced(q, other) if self._packed.exact is not False else engines.in_floats(self, q, other)
         if is_fake(q):
             made = self.shaped(q)
             return made if self.after.gives is None else made.to(torch.uint8)
         kernel = self._packed.kernels.get(q.shape)
         if kernel is None:
-            kernel = self._packed.kernels[q.shape] = self._kernel(q.shape)
+            kernel = self._packed.kernels[q.shape] = (
+                self._kernel(q.shape) if self.check() else engines.Kernel("floats", SATURATES, self._floats))
         return kernel.run(q, other)
+
+    def check(self) -> bool:
+        """Whether its kernels compute it exactly on this CPU; else it is computed in floats. Looked at once, and not
+        while a graph is traced: there it has to be known."""
+        if self._packed.exact is None:
+            self._packed.exact = not saturates() or fit(self.weight, self.reads.high)
+        return self._packed.exact
+
+    def _floats(self, q: Tensor, other: Tensor | None) -> Tensor:
+        return engines.in_floats(self, q, other)
 
     @property
     def engine(self) -> str:
@@ -130,6 +137,10 @@ class Product(nn.Module):
 
     def shaped(self, q: Tensor) -> Tensor:
         """A float tensor of the result's shape, on any device."""
+        return self.summed(q.to(torch.float32))
+
+    def summed(self, x: Tensor) -> Tensor:
+        """The sums of products of float numbers with the weights, as floats."""
         raise NotImplementedError
 
     def _kernel(self, shape: torch.Size) -> engines.Kernel:
@@ -160,9 +171,9 @@ class IntConv2d(Product):
         """Stride, padding, dilation and groups."""
         return self.stride, self.padding, self.dilation, self.groups
 
-    def shaped(self, q: Tensor) -> Tensor:
-        """A float tensor of the result's shape, on any device."""
-        return nn.functional.conv2d(q.to(torch.float32), self.weight.to(torch.float32), None, *self.settings)
+    def summed(self, x: Tensor) -> Tensor:
+        """The sums of products of float numbers with the weights, as floats."""
+        return nn.functional.conv2d(x, self.weight.to(torch.float32), None, *self.settings)
 
     def _kernel(self, shape: torch.Size) -> engines.Kernel:
         return engines.conv2d(self, shape)
@@ -176,9 +187,9 @@ class IntLinear(Product):
 
     fxc_kind: ClassVar[str] = "int_linear"
 
-    def shaped(self, q: Tensor) -> Tensor:
-        """A float tensor of the result's shape, on any device."""
-        return nn.functional.linear(q.to(torch.float32), self.weight.to(torch.float32))
+    def summed(self, x: Tensor) -> Tensor:
+        """The sums of products of float numbers with the weights, as floats."""
+        return nn.functional.linear(x, self.weight.to(torch.float32))
 
     def _kernel(self, shape: torch.Size) -> engines.Kernel:
         return engines.linear(self, shape)

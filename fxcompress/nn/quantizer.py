@@ -45,6 +45,10 @@ class Quantizer(nn.Module):
         """`x` as [rows, n]: one row for each scale."""
         return x.detach().reshape(1, -1) if self.axis is None else x.detach().movedim(self.axis, 0).flatten(1)
 
+    def outputs(self, weight: Tensor) -> Tensor:
+        """`weight` as [out, in, ...]: neighbours along `in` are multiplied one after the other."""
+        return weight.detach().movedim(self.axis or 0, 0)
+
     def cover(self, low: Tensor, high: Tensor) -> None:
         """Cover `low` to `high`, each [rows], and round from now on."""
         scale, zero_point = self.scheme.parameters(low, high)
@@ -82,6 +86,10 @@ class WeightQuantizer(Quantizer):
     def in_rows(self, x: Tensor) -> Tensor:
         """`x` as [rows, n]: one row for each scale; zeros fill up the last group of an output."""
         return in_groups(x.detach(), self.group).flatten(0, 1) if self.group else super().in_rows(x)
+
+    def outputs(self, weight: Tensor) -> Tensor:
+        """`weight` as [out, in, ...]; with groups as [rows, group]."""
+        return self.in_rows(weight) if self.group else super().outputs(weight)
 
     def extra_repr(self) -> str:
         """The integers, the axis or the group, and whether it has a range."""

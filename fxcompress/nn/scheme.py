@@ -13,12 +13,14 @@ _TINY = torch.finfo(torch.float32).eps  # the least scale: that of a tensor of z
 @dataclass(frozen=True)
 class Scheme:
     """A way to quantize a tensor. `symmetric` puts the zero point in the middle; `narrow` leaves out the lowest integer
-    of a signed type, so that the range is as long on both sides of zero, as for weights."""
+    of a signed type, so that the range is as long on both sides of zero, as for weights. `pairs` is for weights: two
+    neighbours sum to no more than one may be, so that the sum of their products saturates nowhere (`pairs.py`)."""
 
     bits: int = 8
     signed: bool = True
     symmetric: bool = True
     narrow: bool = False
+    pairs: bool = False
 
     @property
     def low(self) -> int:

@@ -13,6 +13,7 @@ from fxcompress.graph.calibration import Calibration
 from fxcompress.graph.captured import Captured
 from fxcompress.graph.ops import kind_of, module_of, path_of
 from fxcompress.nn.observers import Observer
+from fxcompress.nn.pairs import reach
 from fxcompress.nn.quantizer import Quantizer
 from fxcompress.passbase import OBSERVERS
 from fxcompress.passes.shared.normalizing import few
@@ -93,6 +94,10 @@ def cover_weight(quantizer: Quantizer, weight: Tensor) -> None:
         observer.update(rows)
         ranges.append(observer.range(quantizer.scheme))
     low, high = (torch.cat(ends) for ends in zip(*ranges, strict=True))
+    if quantizer.scheme.pairs:
+        furthest = reach(quantizer.outputs(weight))
+        furthest = furthest.amax().expand_as(high) if len(furthest) != len(high) else furthest
+        low, high = torch.minimum(low, -furthest), torch.maximum(high, furthest)
     with torch.no_grad():
         quantizer.cover(low, high)
 

@@ -17,7 +17,7 @@ from fxcompress.graph.ops import arguments, kind_of, module_of, path_of
 from fxcompress.graph.provenance import origins_of, touch
 from fxcompress.graph.site import Change, Outcome, Site
 from fxcompress.nn.dynamic import DynamicQuantizer
-from fxcompress.nn.integer import saturates
+from fxcompress.nn.pairs import SUM_BITS, saturates
 from fxcompress.nn.quantizer import Quantizer, WeightQuantizer, groups_of
 from fxcompress.nn.scheme import Scheme
 from fxcompress.nn.trained import TrainedQuantizer
@@ -31,7 +31,7 @@ from fxcompress.passes.shared.weights import expose
 from fxcompress.policy.values import Call
 
 BYTE = 8  # bits
-SAFE_BITS = 15  # of a value and a weight together, where the sum of two products has to fit 16 bits
+SAFE_BITS = SUM_BITS  # of a value and a weight together, where the sum of any two products has to fit 16 bits
 
 if TYPE_CHECKING:
     from fxcompress.passes.quantize import Quantize
@@ -140,13 +140,16 @@ def _fold(settings: Quantize, captured: Captured, site: Site, products: list[fx.
 
 def _saturation(settings: Quantize) -> Iterator[str]:
     """What to note of a CPU whose products of bytes saturate."""
+    why = "this CPU has no VNNI instructions, its products of bytes saturate"
     if not saturates():
         return
-    if bits_of(settings) + settings.weight_bits > SAFE_BITS:
-        yield (f"values in {bits_of(settings)} bits times weights in {settings.weight_bits}: this CPU has no VNNI "
-               f"instructions, its products of bytes saturate beyond {SAFE_BITS} bits in all")
+    if settings.fit_pairs is None and fits_pairs(settings):
+        yield f"scales of weights are such that no two neighbours sum to more than 128: {why}"
+    elif bits_of(settings) + settings.weight_bits > SAFE_BITS and not fits_pairs(settings):
+        yield (f"values in {bits_of(settings)} bits times weights in {settings.weight_bits}: {why} beyond {SAFE_BITS} "
+               f"bits in all; layers where they would are computed in floats")
     elif settings.bits is None and bits_of(settings) < BYTE:
-        yield (f"values in {bits_of(settings)} bits: this CPU has no VNNI instructions, its products of bytes saturate")
+        yield f"values in {bits_of(settings)} bits: {why}"
 
 
 def _some(settings: Quantize, data: Calibration) -> Calibration:
@@ -174,10 +177,21 @@ def _has_mode(settings: Quantize, node: fx.Node, normal: Normal) -> bool:
 
 
 def bits_of(settings: Quantize) -> int:
-    """The bits of values: as many as the products with the weights allow, if the policy doesn't say."""
+    """The bits of values: a byte, if the policy doesn't say; while weights are trained, as many as the products with
+    any weights allow."""
     if settings.bits is not None:
         return settings.bits
-    return min(BYTE, SAFE_BITS - settings.weight_bits) if saturates() else BYTE
+    return min(BYTE, SAFE_BITS - settings.weight_bits) if saturates() and settings.mode == "qat" else BYTE
+
+
+def fits_pairs(settings: Quantize) -> bool:
+    """Whether the scales of weights are such that no sum of two products saturates 16 bits."""
+    from fxcompress.passes.quantize import MEANT
+
+    if settings.fit_pairs is not None:
+        return settings.fit_pairs
+    needed = saturates() and bits_of(settings) + settings.weight_bits > SAFE_BITS
+    return needed and settings.mode in MEANT["fit_pairs"]
 
 
 def _spec(spec: str | Call) -> tuple[str, tuple[float, ...]]:
@@ -210,7 +224,8 @@ def weight_quantizer(settings: Quantize, weight: Tensor, channels: int | None = 
     """A quantizer without a range for a weight whose outputs lie along the dimension `channels`, behind which `norm`
     stands. Of layers that multiply integers weights are symmetric."""
     symmetric = settings.mode != "weight_only" or settings.symmetric
-    scheme = Scheme(settings.weight_bits, signed=True, symmetric=symmetric, narrow=symmetric)
+    scheme = Scheme(settings.weight_bits, signed=True, symmetric=symmetric, narrow=symmetric,
+                    pairs=fits_pairs(settings))
     observer, arguments_ = _spec(settings.weight_observer)
     if settings.granularity == "per_tensor" or channels is None:
         rows, axis = 1, None
