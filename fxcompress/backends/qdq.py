@@ -13,6 +13,7 @@ front into an integer kernel, which it doesn't where the clipping is in floats.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from .. import nn as layers
+from ..graph.ops import kind_of
 from ..nn.integer import After, Grid, IntConv2d, IntLinear
 from ..nn.moving import IntAdaptiveMean, Interleave, IntMaxPool2d, IntMean, ToFloat, ToInteger
 from ..nn.quantizer import Quantizer
@@ -28,6 +30,7 @@ from .qdq_weights import DynamicLinear, WeightConv2d, WeightEmbedding, WeightLin
 
 _TOP = 255  # of uint8
 _INT32 = 2**31 - 1
+_MOVES = ("permute", "transpose", "reshape", "view", "flatten", "unflatten", "contiguous", "squeeze", "unsqueeze")
 
 
 def in_floats(module: fx.GraphModule) -> fx.GraphModule:
@@ -38,6 +41,7 @@ def in_floats(module: fx.GraphModule) -> fx.GraphModule:
     made = fx.GraphModule(module, graph, type(module).__name__)
     for old, new in zip(module.graph.nodes, made.graph.nodes, strict=True):
         new.meta.update(old.meta)
+    _round_later(made)
     grids: dict[fx.Node, Grid] = {}
     calls = [str(node.target) for node in graph.nodes if node.op == "call_module"]
     for node in list(made.graph.nodes):
@@ -54,6 +58,19 @@ def in_floats(module: fx.GraphModule) -> fx.GraphModule:
     made.graph.lint()
     made.recompile()
     return made
+
+
+def _round_later(root: fx.GraphModule) -> None:
+    """Floats are moved before they are rounded, where nothing else reads the integers: runtimes permute floats faster
+    than bytes (OpenVINO four times as fast, behind attention)."""
+    for node in [node for node in root.graph.nodes if kind_of(node) == ToInteger.fxc_kind]:
+        while len(node.users) == 1 and kind_of(user := next(iter(node.users))) in _MOVES:
+            fact = user.meta["fxc"]
+            user.replace_input_with(node, node.all_input_nodes[0])
+            user.replace_all_uses_with(node)
+            user.append(node)
+            node.args = (user,)
+            node.meta["fxc"], user.meta["fxc"] = fact, replace(fact, dtype=torch.float32)
 
 
 def _put(root: fx.GraphModule, node: fx.Node, module: nn.Module, calls: list[str]) -> None:

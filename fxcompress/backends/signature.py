@@ -74,6 +74,8 @@ class Signature:
 
     def ordered(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """The tensors of a call in the order of `inputs`. Raises TypeError as a call with wrong arguments does."""
+        if not kwargs and len(args) == len(self.inputs):
+            return list(args)
         names = list(self.inputs)
         unknown = [name for name in kwargs if name not in names or name in names[: len(args)]]
         missing = [name for name in names[len(args):] if name not in kwargs]
