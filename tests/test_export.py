@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from fxcompress.backends.export import Exported
 from fxcompress.backends.qdq import Conv2d, in_floats
 from fxcompress.backends.runtimes import RUNTIMES
 from fxcompress.diagnostics import PlanError
+from fxcompress.graph.ops import kind_of
 from fxcompress.nn import IntConv2d, IntLinear
 from fxcompress.nn.integer import After, Grid
 
@@ -262,6 +264,41 @@ def test_openvino_multiplies_integers(tmp_path: Path) -> None:
     kernels = [each["primitiveType"].astype(str) for each in info
                if each["layerType"].astype(str) in ("Convolution", "FullyConnected", "MatMul")]
     assert len(kernels) == 3 and all(kernel.lower().endswith(("i8", "u8")) for kernel in kernels), kernels
+
+
+class Heads(nn.Module):
+    """The end of attention: floats of heads are put side by side, and multiplied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(x.softmax(-1).transpose(1, 2).reshape(x.shape[0], x.shape[2], 12))
+
+
+def test_floats_are_moved_before_they_are_rounded(tmp_path: Path) -> None:
+    x = noise(2, 3, 6, 4)
+    result, module = deployed(Heads(), x, "policy p { quantize linear { } }")
+    kinds = [kind_of(node) for node in module.graph.nodes]
+    path = fxcompress.export(module, tmp_path / "net.onnx").path
+    graph = onnx.load(path).graph
+    makers = {name: node.op_type for node in graph.node for name in node.output}
+    rounded, = (node.input[0] for node in graph.node if node.op_type == "QuantizeLinear")
+    assert makers[rounded] == "Reshape" and kinds.index("to_integer") < kinds.index("reshape")
+    assert in_steps(run(path, x)[0], module(x).detach()) < 1
+    assert in_steps(run(path, x)[0], result.module.eval()(x).detach()) < 1
+
+
+@pytest.mark.parametrize("engine", ["openvino", "openvino_kernels"])
+def test_openvino_takes_other_dtypes_and_several_threads(net: Case, tmp_path: Path, engine: str) -> None:
+    one = RUNTIMES[engine](fxcompress.export(net.module, tmp_path / "net.xml").path)
+    batches = [noise(2, 3, 16, 16, seed=seed) for seed in range(6)]
+    expected = [one([batch])[0] for batch in batches]
+    assert torch.equal(one([batches[0].double()])[0], expected[0])
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda batch: one([batch])[0], batches * 8))
+    assert all(torch.equal(each, wanted) for each, wanted in zip(found, expected * 8, strict=True))
 
 
 @pytest.mark.parametrize("engine", ["openvino", "openvino_kernels"])

@@ -101,6 +101,9 @@ ACTIVATIONS: dict[str, tuple[tuple[float, ...], Callable[[Tensor], Tensor]]] = {
     "none": ((), lambda x: x), "relu": ((), F.relu), "hardtanh": ((0.0, 6.0), F.relu6), "hardswish": ((), F.hardswish),
     "swish": ((), F.silu),
 }
+GELU: dict[str, tuple[tuple[float, ...], Callable[[Tensor], Tensor]]] = {  # of linear layers alone
+    "gelu": ((), F.gelu), "gelu_tanh": ((), lambda x: F.gelu(x, approximate="tanh")),
+}
 
 
 def exact(total: Tensor, after: After, other: Tensor | None, activation: Callable[[Tensor], Tensor]) -> Tensor:
@@ -294,7 +297,7 @@ def test_many_threads_at_once_compute_the_same(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("rows", [(5,), (2, 3)])
 @pytest.mark.parametrize("gives", GIVES)
-@pytest.mark.parametrize("activation", ["none", "relu"])
+@pytest.mark.parametrize("activation", ["none", "relu", "hardswish", *GELU])
 def test_linear_layers_in_exact_arithmetic(rows: tuple[int, ...], gives: Grid | None, activation: str) -> None:
     torch.manual_seed(4)
     q = torch.randint(0, TOP + 1, (*rows, 24), dtype=torch.uint8)
@@ -304,7 +307,28 @@ def test_linear_layers_in_exact_arithmetic(rows: tuple[int, ...], gives: Grid | 
     layer = IntLinear(weight.shape, True, Grid(0.05, 7), after)
     layer.fill(weight, scale, bias)
     total = F.linear(q.double() - 7, weight.double()) * (0.05 * scale.double()) + bias.double()
-    check(layer(q), exact(total, after, None, ACTIVATIONS[activation][1]), after)
+    check(layer(q), exact(total, after, None, (ACTIVATIONS | GELU)[activation][1]), after)
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_a_gelu_is_computed_by_the_linear_layer_before_it(approximate: str) -> None:
+    torch.manual_seed(8)
+    model = nn.Sequential(nn.Linear(16, 32), nn.GELU(approximate), nn.Linear(32, 8)).eval()
+    x = noise(80, 16)
+    result, small = deployed(model, x)
+    assert kinds(small).count("gelu") == 0 and kinds(small).count("to_integer") == 1
+    assert [layer.after.activation for layer in small.modules() if isinstance(layer, IntLinear)] == [
+        "gelu" if approximate == "none" else "gelu_tanh", "none"]
+    assert apart(small(x), result.module.eval()(x)) < 0.01 and apart(small(x), model(x)) < 0.03
+
+
+def test_a_gelu_behind_a_convolution_stays_in_floats() -> None:
+    """oneDNN's integer convolutions have none."""
+    torch.manual_seed(8)
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GELU(), nn.Conv2d(8, 4, 1)).eval(), noise(2, 3, 9, 9)
+    _, small = deployed(model, x)
+    assert kinds(small).count("gelu") == 1 and kinds(small).count("int_conv2d") == 2
+    assert apart(small(x), model(x)) < 0.03
 
 
 # Where integers go

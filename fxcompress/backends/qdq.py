@@ -24,6 +24,7 @@ from .. import nn as layers
 from ..graph.ops import kind_of
 from ..nn.integer import After, Grid, IntConv2d, IntLinear
 from ..nn.moving import IntAdaptiveMean, Interleave, IntMaxPool2d, IntMean, ToFloat, ToInteger
+from ..nn.post_ops import FUNCTIONS
 from ..nn.quantizer import Quantizer
 from .qdq_nodes import Dequantized, Rounded
 from .qdq_weights import DynamicLinear, WeightConv2d, WeightEmbedding, WeightLinear
@@ -132,9 +133,7 @@ class _Product(nn.Module):
         return self.gives(made) if self.rounds else made
 
 
-_ACTIVATIONS: Mapping[str, Callable[..., Tensor]] = {
-    "none": lambda x: x, "relu": torch.relu, "hardtanh": torch.clamp, "hardswish": F.hardswish, "swish": F.silu,
-}
+_ACTIVATIONS: Mapping[str, Callable[..., Tensor]] = {**FUNCTIONS, "hardtanh": torch.clamp}
 
 
 def _subsumed(after: After, grid: Grid) -> bool:

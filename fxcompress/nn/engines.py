@@ -7,16 +7,16 @@ images, the one on quantized dtypes is the faster.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from . import quantized_dtypes
+from .post_ops import FUNCTIONS, named
 
 if TYPE_CHECKING:
     from .integer import After, IntConv2d, IntLinear, Product
@@ -88,17 +88,11 @@ def in_floats(layer: Product, q: Tensor, other: Tensor | None) -> Tensor:
     if after.adds is not None:
         assert other is not None
         total = total + (other.to(torch.float32) - after.adds.zero_point) * after.adds.scale
-    total = _FUNCTIONS[after.activation](total, *after.numbers)
+    total = FUNCTIONS[after.activation](total, *after.numbers)
     if after.gives is None:
         return total
     steps = (total * (1.0 / after.gives.scale)).round() + after.gives.zero_point
     return steps.clamp(after.gives.low, after.gives.high).to(torch.uint8)
-
-
-# oneDNN's name of an activation -> the function.
-_FUNCTIONS: Mapping[str, Callable[..., Tensor]] = {
-    "none": lambda x: x, "relu": F.relu, "hardtanh": F.hardtanh, "hardswish": F.hardswish, "swish": F.silu,
-}
 
 
 def traced_conv2d(layer: IntConv2d, q: Tensor, other: Tensor | None) -> Tensor:
@@ -244,7 +238,8 @@ def _onednn(layer: Product, packed: Tensor, product: Any, adding: Any,
     (scale, zero, dtype), top = _end(after), after.gives.high if after.gives is not None else _TOP
     if after.adds is None:
         dtype, activation, numbers = _activation(after)
-        last = (scale, zero, dtype, activation, list(numbers), "")
+        name, algorithm = named(activation)
+        last = (scale, zero, dtype, name, list(numbers), algorithm)
         if dtype == torch.int8:
             return lambda q, other: product(q, *given, bias, *settings, *last).view(torch.uint8)
         if activation == "hardtanh" or top == _TOP:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import prod
 from typing import ClassVar
 
@@ -11,15 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .integer import is_fake
+from .post_ops import FUNCTIONS
 
 _M = torch.ops.mkldnn
 FEW_PRODUCTS = 1e6  # below which torch's own convolution takes less than oneDNN's overhead of each call
-
-# oneDNN's name -> the same in torch, of a tensor and the activation's numbers
-ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
-    "none": lambda x: x, "relu": F.relu, "hardtanh": F.hardtanh, "hardswish": F.hardswish, "swish": F.silu,
-    "sigmoid": torch.sigmoid, "tanh": torch.tanh,
-}
 
 
 class _Packed:
@@ -82,7 +77,7 @@ class PackedConv2d(nn.Module):
         made = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
         if other is not None:
             made = made + other
-        return ACTIVATIONS[self.activation](made, *self.numbers)
+        return FUNCTIONS[self.activation](made, *self.numbers)
 
     def _small(self, x: Tensor) -> bool:
         """Whether there is little to compute, each filter reading many channels."""

@@ -23,7 +23,7 @@ Role = Literal["product", "activation", "add", "passes", "joins"]
 ROLES: Mapping[str, Role] = {
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
                      "linear"), "product"),
-    **dict.fromkeys(("relu", "relu6", "hardtanh", "hardswish", "silu"), "activation"),
+    **dict.fromkeys(("relu", "relu6", "hardtanh", "hardswish", "silu", "gelu"), "activation"),
     "add": "add",
     **dict.fromkeys(("max_pool2d", "reshape", "view", "flatten", "unflatten", "permute", "transpose", "squeeze",
                      "unsqueeze", "contiguous", "getitem", "chunk", "split", "reorder", "dropout", "dropout1d",
@@ -33,6 +33,7 @@ ROLES: Mapping[str, Role] = {
 }
 MEANS = ("mean", "adaptive_avg_pool2d")  # operators that may sum the integers of an image
 AFTER_ADD = ("relu",)  # activations that a kernel applies behind an addition
+AFTER_LINEAR = ("gelu",)  # those that only kernels of linear layers apply
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def _region(product: fx.Node, norm: fx.Node | None, added: set[fx.Node | None]) 
     user, read = _only_user(norm or product)
     if user is None:
         return Region(product, norm=norm)
-    if role_of(user) == "activation":
+    if role_of(user) == "activation" and (kind_of(product) == "linear" or kind_of(user) not in AFTER_LINEAR):
         return Region(product, activation=user, norm=norm)
     if role_of(user) == "add" and user not in added:
         other = _other(user, norm or product, read)

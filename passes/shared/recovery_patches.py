@@ -111,4 +111,6 @@ def activation_of(layer: Layer) -> Callable[[Tensor], Tensor]:
     if kind_of(node) == "hardtanh":
         values = arguments(node)
         return partial(F.hardtanh, min_val=values["min_val"], max_val=values["max_val"])
+    if kind_of(node) == "gelu":
+        return partial(F.gelu, approximate=arguments(node)["approximate"])
     return ACTIVATIONS[kind_of(node)]
