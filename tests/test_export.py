@@ -290,6 +290,48 @@ def test_floats_are_moved_before_they_are_rounded(tmp_path: Path) -> None:
     assert in_steps(run(path, x)[0], result.module.eval()(x).detach()) < 1
 
 
+class Attention(nn.Module):
+    """One product for queries, keys and values of different widths, which are split."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all, self.last = nn.Linear(8, 20), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        queries, keys, values = self.all(x).split([8, 8, 4], -1)
+        return self.last((queries @ keys.transpose(1, 2)).softmax(-1) @ values)
+
+
+def test_what_is_split_is_multiplied_in_parts(tmp_path: Path) -> None:
+    x = noise(3, 5, 8)
+    _, module = deployed(Attention(), x, "policy p { quantize linear { } }")
+    path = fxcompress.export(module, tmp_path / "net.onnx").path
+    kinds = [node.op_type for node in onnx.load(path).graph.node]
+    assert "Split" not in kinds and kinds.count("MatMul") == 6  # four layers and the two products of attention
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    for runtime, suffix in (("onnxruntime", "onnx"), ("openvino", "xml")):
+        run = RUNTIMES[runtime](fxcompress.export(module, tmp_path / f"other.{suffix}").path)
+        assert in_steps(run([x])[0], module(x).detach()) < 1
+    assert all(torch.equal(value, module.state_dict()[name]) for name, value in before.items())
+
+
+def test_a_split_along_rows_stays(tmp_path: Path) -> None:
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.all = nn.Linear(8, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            one, two = self.all(x).split(3, 1)
+            return one * two
+
+    x = noise(3, 6, 8)
+    _, module = deployed(Rows(), x, "policy p { quantize linear { } }")
+    path = fxcompress.export(module, tmp_path / "net.onnx").path
+    assert "Split" in [node.op_type for node in onnx.load(path).graph.node]
+    assert in_steps(run(path, x)[0], module(x).detach()) < 1
+
+
 @pytest.mark.parametrize("engine", ["openvino", "openvino_kernels"])
 def test_openvino_takes_other_dtypes_and_several_threads(net: Case, tmp_path: Path, engine: str) -> None:
     one = RUNTIMES[engine](fxcompress.export(net.module, tmp_path / "net.xml").path)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -43,11 +44,12 @@ def in_floats(module: fx.GraphModule) -> fx.GraphModule:
     for old, new in zip(module.graph.nodes, made.graph.nodes, strict=True):
         new.meta.update(old.meta)
     _round_later(made)
+    _multiply_parts(made)
     grids: dict[fx.Node, Grid] = {}
-    calls = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+    calls = [str(node.target) for node in made.graph.nodes if node.op == "call_module"]
     for node in list(made.graph.nodes):
         reads = next((grids[source] for source in node.all_input_nodes if source in grids), None)
-        kernel = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        kernel = made.get_submodule(str(node.target)) if node.op == "call_module" else None
         rule = RULES.get(getattr(kernel, "fxc_kind", ""))
         if rule is not None:
             floats, gives = rule(kernel, reads, len(node.meta["fxc"].shape))
@@ -72,6 +74,40 @@ def _round_later(root: fx.GraphModule) -> None:
             user.append(node)
             node.args = (user,)
             node.meta["fxc"], user.meta["fxc"] = fact, replace(fact, dtype=torch.float32)
+
+
+def _multiply_parts(root: fx.GraphModule) -> None:
+    """A linear layer whose floats are split, as queries, keys and values are, becomes a layer for each part: OpenVINO
+    copies what it splits."""
+    for node in [node for node in root.graph.nodes if kind_of(node) == IntLinear.fxc_kind]:
+        layer, split = root.get_submodule(str(node.target)), next(iter(node.users))
+        assert isinstance(layer, IntLinear)
+        if len(node.users) != 1 or kind_of(split) not in ("split", "chunk") or layer.after != After(None) or any(
+                kind_of(user) != "getitem" for user in split.users):
+            continue
+        sizes = [shape[-1] for shape in split.meta["fxc"].shape]
+        if sum(sizes) != layer.shape[0]:  # along another dimension
+            continue
+        parts = [_rows(layer, last - size, last) for last, size in zip(accumulate(sizes), sizes, strict=True)]
+        for user in list(split.users):
+            place = user.args[1]
+            assert isinstance(place, int)
+            root.add_module(f"{node.name}_{place}", parts[place])
+            with root.graph.inserting_before(node):
+                made = root.graph.call_module(f"{node.name}_{place}", node.args)
+            made.meta.update(user.meta)
+            user.replace_all_uses_with(made)
+            root.graph.erase_node(user)
+        root.graph.erase_node(split)
+        root.graph.erase_node(node)
+
+
+def _rows(layer: IntLinear, first: int, last: int) -> IntLinear:
+    """The outputs from `first` to `last` of `layer`."""
+    made = IntLinear((last - first, layer.shape[1]), layer.has_bias, layer.reads, layer.after)
+    made.fill(layer.weight[first:last], layer.weight_scale[first:last],
+              None if layer.bias is None else layer.bias[first:last])
+    return made.eval()
 
 
 def _put(root: fx.GraphModule, node: fx.Node, module: nn.Module, calls: list[str]) -> None:
