@@ -22,6 +22,7 @@ import quantize_accuracy
 import quantize_and_remove
 import quantize_digits
 import quantize_equalize
+import quantize_export
 import quantize_minilm
 import quantize_sizes
 import quantize_speed
@@ -48,6 +49,7 @@ TABLES: Mapping[str, tuple[Path, Callable[[list[dict[str, Any]]], str]]] = {
     "quantize-remove": (quantize_and_remove.RESULTS, quantize_and_remove.table),
     "quantize-accuracy": (quantize_accuracy.RESULTS, quantize_accuracy.table),
     "quantize-equalize": (quantize_equalize.RESULTS, quantize_equalize.table),
+    "quantize-export": (quantize_export.RESULTS, quantize_export.table),
     "quantize-digits": (quantize_digits.RESULTS, quantize_digits.table),
     "quantize-minilm": (quantize_minilm.RESULTS, quantize_minilm.table),
     "quantize-sizes": (quantize_sizes.RESULTS, quantize_sizes.table),

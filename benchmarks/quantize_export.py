@@ -1,0 +1,130 @@
+"""What the files of `export` give beside the simulation that was calibrated, on models with their real weights.
+
+    python benchmarks/quantize_export.py [--only MODEL ...] [--out benchmarks/results/quantize_export.csv]
+    python benchmarks/quantize_export.py --show      # the table of the CSV, without running anything
+
+EfficientNet-Lite0 and MobileNetV2 on the test crops of `photographs.py`, MiniLM on the test sentences of `minilm.py`.
+Each file is run by the runtime it is made for. Distances are in steps of 8 bits over what the simulation gives, and
+beside them how far the simulation is from fp32: roundings that fall to the other side somewhere in a deep model are
+noise of the kind that rounding is anyway, of which a file must add little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import fxcompress
+from fxcompress.backends.runtimes import RUNTIMES
+
+sys.path.insert(0, str(Path(__file__).parent))
+import minilm
+from photographs import crops, efficientnet_lite0
+from quantize_accuracy import BATCH, sqnr
+from quantize_equalize import Features, normalized
+from tables import Row, markdown, read, write
+
+RESULTS = Path(__file__).parent / "results/quantize_export.csv"
+COLUMNS = ("model", "by", "most", "mean", "sqnr", "rounding")
+POLICY = 'use "std/quant.fxc" {{ int8 }}\npolicy small {{ quantize {layers} as int8 {{ correct_bias = {biased} }} }}'
+STEPS = 255  # of 8 bits
+Batch = Sequence[Tensor]
+Run = Callable[[Batch], Tensor]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model with the batches to calibrate on and to test on, each of what it takes in order."""
+
+    model: nn.Module
+    calibration: Sequence[Batch]
+    test: Sequence[Batch]
+    layers: str = "conv2d | linear"
+    biased: str = "true"
+
+
+def _images(model: nn.Module, prepare: Callable[[Tensor], Tensor]) -> Subject:
+    seen, test = ([(part,) for part in prepare(images).split(BATCH)] for images in crops())
+    return Subject(model, seen, test)
+
+
+def _minilm() -> Subject:
+    seen, test = ([tuple(batch.values()) for batch in minilm.batches(texts, 32)] for texts in minilm.sentences())
+    return Subject(minilm.MiniLM(), seen, test, "linear", "false")
+
+
+SUBJECTS: Mapping[str, Callable[[], Subject]] = {
+    "EfficientNet-Lite0": lambda: _images(efficientnet_lite0(), lambda images: images),
+    "MobileNetV2": lambda: _images(Features(), normalized),
+    "MiniLM": _minilm,
+}
+
+
+def ways(module: torch.fx.GraphModule, folder: Path) -> Mapping[str, Run]:
+    """The module itself, and each format that it is exported to."""
+    def by(runtime: str, name: str) -> Run:
+        run = RUNTIMES[runtime](fxcompress.export(module, folder / name).path)
+        return lambda batch: run(batch)[0]
+
+    program = torch.export.load(fxcompress.export(module, folder / "model.pt2").path).module()
+    return {"GraphModule": lambda batch: module(*batch), "`.pt2`": lambda batch: program(*batch),
+            "ONNX Runtime": by("onnxruntime", "model.onnx"), "OpenVINO": by("openvino", "model.xml")}
+
+
+def measure(name: str) -> list[Row]:
+    """A row for each way to run the model `name`."""
+    subject = SUBJECTS[name]()
+    policy = POLICY.format(layers=subject.layers, biased=subject.biased)
+    result = fxcompress.compile(policy, subject.model, tuple(subject.test[0]), calibration=list(subject.calibration))
+    module = result.finalize(target="cpu")
+    simulated = _all(lambda batch: result.module.eval()(*batch), subject.test)
+    rounding = sqnr(simulated, _all(lambda batch: subject.model(*batch), subject.test))
+    step = float(simulated.max() - simulated.min()) / STEPS
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for by, run in ways(module, Path(folder)).items():
+            found = _all(run, subject.test)
+            off = (found - simulated).abs() / step
+            rows.append({"model": name, "by": by, "most": float(off.max()), "mean": float(off.mean()),
+                         "sqnr": sqnr(found, simulated), "rounding": rounding})
+    return rows
+
+
+@torch.no_grad()
+def _all(run: Run, batches: Sequence[Batch]) -> Tensor:
+    return torch.cat([run(batch) for batch in batches])
+
+
+def table(rows: list[Row]) -> str:
+    """The Markdown table."""
+    head = ("model", "run by", "mean distance, steps", "the most", "SQNR to the simulation, dB",
+            "of the simulation to fp32")
+    return markdown(head, [
+        (str(row["model"]), str(row["by"]), f"{float(row['mean']):.2f}", f"{float(row['most']):.1f}",
+         f"{float(row['sqnr']):.1f}", f"{float(row['rounding']):.1f}") for row in rows], words=2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="*", choices=sorted(SUBJECTS), default=list(SUBJECTS))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--show", action="store_true", help="print the table of the CSV")
+    args = parser.parse_args()
+    if not args.show:
+        torch.set_num_threads(1)
+        kept = [row for row in read(args.out) if row["model"] not in args.only]
+        for name in args.only:
+            kept += measure(name)
+            write(args.out, sorted(kept, key=lambda row: list(SUBJECTS).index(row["model"])), COLUMNS)
+    print(table(read(args.out)))
+
+
+if __name__ == "__main__":
+    main()
