@@ -89,14 +89,19 @@ def prepared() -> Callable[[str], Row]:
     return lambda way: measure(way, model, calibration, test, expected)
 
 
+def asked(description: str, names: Collection[str], results: Path) -> argparse.Namespace:
+    """What the command line asks for: which of `names`, into which CSV, or only to show that."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--only", nargs="*", choices=sorted(names), default=list(names))
+    parser.add_argument("--out", type=Path, default=results)
+    parser.add_argument("--show", action="store_true", help="print the table of the CSV")
+    return parser.parse_args()
+
+
 def each_way(description: str, ways: Collection[str], results: Path, columns: Sequence[str],
              prepared: Callable[[], Callable[[str], Row]], table: Callable[[list[Row]], str]) -> None:
     """The command: measures the ways that it is asked for, and keeps the rows of the others."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--only", nargs="*", choices=sorted(ways), default=list(ways))
-    parser.add_argument("--out", type=Path, default=results)
-    parser.add_argument("--show", action="store_true", help="print the table of the CSV")
-    args = parser.parse_args()
+    args = asked(description, ways, results)
     if not args.show:
         torch.set_num_threads(1)
         measured = prepared()

@@ -11,7 +11,6 @@ noise of the kind that rounding is anyway, of which a file must add little.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +26,7 @@ from fxcompress.backends.runtimes import RUNTIMES
 sys.path.insert(0, str(Path(__file__).parent))
 import minilm
 from photographs import crops, efficientnet_lite0
-from quantize_accuracy import BATCH, sqnr
+from quantize_accuracy import BATCH, asked, sqnr
 from quantize_equalize import Features, normalized
 from tables import Row, markdown, read, write
 
@@ -112,11 +111,7 @@ def table(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="*", choices=sorted(SUBJECTS), default=list(SUBJECTS))
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--show", action="store_true", help="print the table of the CSV")
-    args = parser.parse_args()
+    args = asked(__doc__.splitlines()[0], SUBJECTS, RESULTS)
     if not args.show:
         torch.set_num_threads(1)
         kept = [row for row in read(args.out) if row["model"] not in args.only]

@@ -141,6 +141,7 @@ def _compiled(module: fx.GraphModule) -> Callable[..., Any]:
 
 _COMPILE: Mapping[str, Callable[[fx.GraphModule], Callable[..., Any]]] = {"eager": _eager, "compiled": _compiled}
 FILE_OF = {"onnxruntime": "model.onnx", "openvino": "model.xml", "openvino_kernels": "model.xml"}
+LIBRARY_OF = {"onnxruntime": "onnxruntime", "openvino": "openvino", "openvino_kernels": "openvino"}
 ENGINES = (*_COMPILE, *FILE_OF)
 
 
@@ -178,7 +179,7 @@ def contenders(module: fx.GraphModule, precision: str, example: Example) -> list
 
 
 def _file(engine: str, module: fx.GraphModule, signature: Signature, folder: Path) -> None:
-    need(engine.partition("_")[0])
+    need(LIBRARY_OF[engine])
     source, file = folder / FILE_OF["onnxruntime"], folder / FILE_OF[engine]
     if not source.exists():
         write_onnx(module, signature, source)
