@@ -90,3 +90,21 @@ def test_one_process_speaks(ranks: tuple[Path, str]) -> None:
     assert sum(line.startswith("epoch 6/6") for line in lines) == 1
     assert sum(line.startswith("the artifact is in") for line in lines) == 1
     assert (ranks[0] / "two" / "artifact" / "weights.safetensors").exists() and SETTINGS["epochs"] == 6
+
+
+_LEAVES = """
+import atexit, sys, torch
+atexit.register(lambda: print("there" if torch.distributed.is_initialized() else "left"))  # comes last
+from fxcompress.training import Settings, setup
+from fxcompress import parse
+torch.distributed.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
+setup.accelerator_for(parse("policy p { }"), Settings(epochs=1, batch=4, device="cpu"))
+assert torch.distributed.is_initialized()
+"""
+
+
+def test_a_process_leaves_its_group_before_it_ends(tmp_path: Path) -> None:
+    """One that ends with the threads of its group aborts now and then."""
+    done = subprocess.run([sys.executable, "-c", _LEAVES, str(tmp_path / "store")], check=False, text=True,
+                          capture_output=True, env=environment())
+    assert (done.returncode, done.stdout) == (0, "left\n"), done.stderr

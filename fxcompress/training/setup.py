@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -57,6 +59,7 @@ def accelerator_for(policy: Policy, settings: Settings) -> Accelerator:
             "FXC0807", f"a policy can't be trained under {made.distributed_type.name}",
             notes=("passes rewrite the whole module in place, which sharded parameters don't allow",),
             help="launch it on several GPUs or CPUs without sharding: `accelerate launch --multi_gpu`")])
+    _leave_at_exit()
     pieces = settings.accumulate * made.num_processes
     if settings.batch % pieces:
         raise PlanError([Diagnostic(
@@ -64,6 +67,17 @@ def accelerator_for(policy: Policy, settings: Settings) -> Accelerator:
             notes=(f"{made.num_processes} processes, {settings.accumulate} parts each",),
             help="`batch` counts the samples of a step over all processes: take a multiple")])
     return made
+
+
+@cache
+def _leave_at_exit() -> None:
+    """Have this process leave its group before it ends: with the group's threads still there it aborts now and then."""
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def require_time(policy: Policy, epochs: int, steps_per_epoch: int) -> None:
