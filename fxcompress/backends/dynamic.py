@@ -9,8 +9,7 @@ from torch import fx
 from ..graph.captured import Captured
 from ..graph.ops import arguments, kind_of, module_of
 from ..nn.dynamic import DynamicLinear, DynamicQuantizer
-from ..nn.pairs import fit, saturates
-from ..passes.shared.quantizing import SAFE_BITS
+from ..nn.pairs import SAFE_BITS, fit, saturates
 from .float_io import bias_of, layers_of, put_kernel, rounded
 
 if TYPE_CHECKING:

@@ -122,8 +122,7 @@ class DynamicLinear(nn.Module):
     def _products(self, rows: Tensor) -> Tensor:
         """The sums of products of the rows, rounded, with the weights, times the weights' scales: [rows, out]."""
         if torch.compiler.is_compiling():
-            floats = any(isinstance(part, _Floats) for part in self._packed.parts)
-            library: type[_Part] = _Floats if floats else _OneDnn
+            library: type[_Part] = _Floats if self._in_floats() else _OneDnn
             made: Sequence[_Part] = [library(part, scale) for part, scale in self._parts()]
         else:
             if not self._packed.parts:
@@ -142,7 +141,10 @@ class DynamicLinear(nn.Module):
         while a graph is traced: there it has to be known."""
         if saturates() and not self._packed.parts:
             self._pack()
-        return not any(isinstance(part, _Floats) for part in self._packed.parts)
+        return not self._in_floats()
+
+    def _in_floats(self) -> bool:
+        return any(isinstance(part, _Floats) for part in self._packed.parts)
 
     def _pack(self) -> None:
         library: type[_Part] = _Fbgemm if quantized_dtypes.available("fbgemm") else _OneDnn

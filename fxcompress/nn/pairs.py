@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SUM_BITS = 15  # what a sum of two products has, but for its sign
+SAFE_BITS = 15  # of a value and a weight together, where the sum of any two products has to fit 16 bits
 _ROUNDED = 1 + 2**-20  # so that no scale is rounded to one that is too small
 _PART = 2**24  # numbers looked at at a time
 SATURATES = "without VNNI instructions sums of two of its products would saturate 16 bits"
@@ -22,19 +22,24 @@ def saturates() -> bool:
     return not torch.cpu._is_vnni_supported()
 
 
+def _ways(shape: torch.Size) -> list[Tensor]:
+    """`pairs_of` by each order that kernels read in; in one order a weight has one neighbour at most."""
+    inputs = shape[0]
+    if inputs == 1:
+        return []
+    order = torch.arange(shape.numel()).reshape(inputs, -1).T  # [places, inputs]
+    ways = [order[:, : inputs // 2 * 2].reshape(-1, 2)]
+    if inputs % 2:
+        ways.append(order.flatten()[: shape.numel() // 2 * 2].reshape(-1, 2))
+    return ways
+
+
 def pairs_of(shape: torch.Size) -> Tensor:
     """The neighbours among the weights of one output, `shape` [in, ...]: places in its flattened weights, [pairs, 2].
 
     Filters of one input have none: oneDNN sums their products in 32 bits.
     """
-    inputs = shape[0]
-    if inputs == 1:
-        return torch.zeros(0, 2, dtype=torch.long)
-    order = torch.arange(shape.numel()).reshape(inputs, -1).T  # [places, inputs]
-    ways = [order[:, : inputs // 2 * 2].reshape(-1, 2)]
-    if inputs % 2:
-        ways.append(order.flatten()[: shape.numel() // 2 * 2].reshape(-1, 2))
-    return torch.cat(ways)
+    return torch.cat([torch.zeros(0, 2, dtype=torch.long), *_ways(shape)])
 
 
 def reach(weight: Tensor) -> Tensor:
@@ -51,15 +56,14 @@ def reach(weight: Tensor) -> Tensor:
 
 def fit(weight: Tensor, top: int) -> bool:
     """Whether no sum of two products of the integers `weight` [out, in, ...] with values up to `top` saturates."""
-    return top * int(reach(weight.to(torch.int16)).max()) < 1 << SUM_BITS
+    return top * int(reach(weight.to(torch.int16)).max()) < 1 << SAFE_BITS
 
 
 def partners(shape: torch.Size) -> Tensor:
     """The neighbours of each of the weights of one output, `shape` [in, ...], by their places when flattened: [weights,
     1 or 2]; its own place where it has no other."""
-    found = torch.arange(shape.numel())[:, None].repeat(1, 1 + shape[0] % 2)
-    pairs = pairs_of(shape)
-    half = len(pairs) if shape[0] % 2 == 0 else shape[0] // 2 * (shape.numel() // shape[0])
-    for way, part in enumerate((pairs[:half], pairs[half:])[: found.shape[1]]):
+    ways = _ways(shape)
+    found = torch.arange(shape.numel())[:, None].repeat(1, max(1, len(ways)))
+    for way, part in enumerate(ways):
         found[part[:, 0], way], found[part[:, 1], way] = part[:, 1], part[:, 0]
     return found

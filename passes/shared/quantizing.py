@@ -17,7 +17,7 @@ from fxcompress.graph.ops import arguments, kind_of, module_of, path_of
 from fxcompress.graph.provenance import origins_of, touch
 from fxcompress.graph.site import Change, Outcome, Site
 from fxcompress.nn.dynamic import DynamicQuantizer
-from fxcompress.nn.pairs import SUM_BITS, saturates
+from fxcompress.nn.pairs import SAFE_BITS, saturates
 from fxcompress.nn.quantizer import Quantizer, WeightQuantizer, groups_of
 from fxcompress.nn.scheme import Scheme
 from fxcompress.nn.trained import TrainedQuantizer
@@ -31,7 +31,6 @@ from fxcompress.passes.shared.weights import expose
 from fxcompress.policy.values import Call
 
 BYTE = 8  # bits
-SAFE_BITS = SUM_BITS  # of a value and a weight together, where the sum of any two products has to fit 16 bits
 
 if TYPE_CHECKING:
     from fxcompress.passes.quantize import Quantize
