@@ -25,6 +25,7 @@ MEANT: Mapping[str, tuple[str, ...]] = {
     "equalize": ("static",), "relu6_to_relu": ("static",), "smooth": ("static", "dynamic"),
     "adaround": ("static", "weight_only"), "gptq": ("static", "dynamic", "weight_only"),
     "correct_bias": ("static",), "mixed": ("static",), "fit_pairs": ("static", "dynamic"),
+    "attention": ("static", "qat"),
 }
 RECOVERIES = ("equalize", "smooth", "adaround", "gptq", "correct_bias", "mixed")  # what data can win back
 
@@ -65,6 +66,9 @@ class Quantize(Pass):
                              "or one for each row of it", "per_tensor")
     symmetric: bool = param(Boolean(), "give values of both signs a range as long on both sides of zero; in "
                             "`weight_only`, weights", False)
+    attention: bool = param(Boolean(), "round also what attention multiplies, where a selected layer gives its values: "
+                            "queries, keys, values, and the weights of the softmax; exported files multiply them as "
+                            "integers, torch has no kernel for that", False)
     calibrate: Duration | None = param(Time(("samples",)), "how many inputs of the calibration data of `compile` are "
                                        "looked at; without it all", None)
     delay: float = param(Percent(), "in `qat`, the share of the phase that trains in floats, while ranges are watched",

@@ -33,6 +33,7 @@ from ..nn import (
     PackedConv2d,
     Quantizer,
     Reorder,
+    RoundedAttention,
     ToFloat,
     ToInteger,
     TrainedQuantizer,
@@ -122,7 +123,7 @@ def _plainly(name: str) -> Argument:
 _grid = _record(Grid, scale=lambda c: c.number(), zero_point=lambda c: c.integer(), low=lambda c: c.integer(),
                 high=lambda c: c.integer())
 _RECORDS: Mapping[str, Callable[[Cursor], Any]] = {
-    "gives": _grid, "reads": _grid,
+    **dict.fromkeys(("gives", "reads", "query", "key", "value", "weights"), _grid),
     "scheme": _record(Scheme, ("pairs",), bits=lambda c: c.integer(1, 32), signed=lambda c: c.boolean(),
                       symmetric=lambda c: c.boolean(), narrow=lambda c: c.boolean(), pairs=lambda c: c.boolean()),
     "after": _record(After, gives=_or_none(_grid), adds=_or_none(_grid), copies=lambda c: c.boolean(),
@@ -214,6 +215,8 @@ def _rows() -> Iterable[SavedClass]:
     yield SavedClass(IntLinear, _PRODUCT)
     yield SavedClass(IntConv2d, _PRODUCT | {"stride": NUMBERS, "padding": NUMBERS, "dilation": NUMBERS,
                                             "groups": WHOLE})
+    yield SavedClass(RoundedAttention, {**{part: _plainly(part) for part in ("query", "key", "value", "weights")},
+                                        "scale": REAL, "causal": FLAG})
     yield SavedClass(ToInt8, {"gives": GRID})
     yield SavedClass(CudaInt8Linear, {"shape": NUMBERS, "reads": READS})
     for held in (Sparse24Linear, CudaInt8WeightLinear):

@@ -27,6 +27,7 @@ from ..nn.quantizer import Quantizer
 from ..passes.shared.fold_norms import fold
 from ..passes.shared.integer import data_of, role_of
 from ..passes.shared.weights import EXPOSABLE, absorb
+from .attention import unrounded_attention
 from .half import to_half
 from .settling import settle
 
@@ -72,6 +73,7 @@ def lower(captured: Captured, done: OnCuda, gpu: Gpu | None = None) -> None:
     Raises PlanError: FXC0580 where an operator can't be computed there, FXC0581 for weights out of float16's range.
     """
     gpu = gpu or Gpu()
+    done.notes += unrounded_attention(captured)
     norms = fold(captured, [node for node in captured.graph.nodes if kind_of(node) in EXPOSABLE])
     _Lowering(captured, done, gpu).run()
     _round_weights(captured)

@@ -20,6 +20,7 @@ from ..nn.quantizer import Quantizer, WeightQuantizer
 from ..passes.shared.calibrating import quantizers_of
 from ..passes.shared.integer import Region, averages, data_of, regions_of, role_of
 from ..passes.shared.masking import is_there
+from .attention import lower_attention
 from .dynamic import lower_dynamic
 from .int8_moves import MODULES, READS_SIZES, interleaved, mean, pair
 from .post_ops import post_op
@@ -60,6 +61,7 @@ class _Lowering:
 
     def run(self) -> None:
         graph = self.captured.graph
+        lower_attention(self.captured, self.done)
         lower_dynamic(self.captured, self.done)
         lower_weight_only(self.captured, self.done)
         products = [node for node in graph.nodes if role_of(node) == "product" and _on_weight(node)]

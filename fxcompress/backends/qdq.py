@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from .. import nn as layers
 from ..graph.ops import kind_of
+from ..nn.attention import RoundedAttention, masked
 from ..nn.integer import After, Grid, IntConv2d, IntLinear
 from ..nn.moving import IntAdaptiveMean, Interleave, IntMaxPool2d, IntMean, ToFloat, ToInteger
 from ..nn.post_ops import FUNCTIONS
@@ -245,6 +246,22 @@ def _with_bias(kernel: IntConv2d | IntLinear) -> tuple[Tensor, Tensor, Dequantiz
     return weight, scale, Dequantized(integers, step)
 
 
+class Attention(nn.Module):
+    """`RoundedAttention` in floats, with the rounding that torch has no kernels for."""
+
+    def __init__(self, kernel: RoundedAttention) -> None:
+        super().__init__()
+        self.scale, self.causal = kernel.scale, kernel.causal
+        self.query, self.key, self.value = _rounded(kernel.query), _rounded(kernel.key), _rounded(kernel.value)
+        self.weights = _rounded(kernel.weights)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """float32 [..., L, V]."""
+        products = torch.matmul(self.query(query), self.key(key).transpose(-2, -1)) * self.scale
+        weights = torch.softmax(masked(products, mask, self.causal), dim=-1)
+        return torch.matmul(self.weights(weights), self.value(value))
+
+
 class MaxPool2d(nn.Module):
     """`IntMaxPool2d` in floats."""
 
@@ -297,6 +314,7 @@ RULES: Mapping[str, Rule] = {
     IntMean.fxc_kind: lambda module, reads, rank: (Mean(module.keepdim), None),
     IntAdaptiveMean.fxc_kind: lambda module, reads, rank: (nn.Identity(), reads),
     Interleave.fxc_kind: lambda module, reads, rank: (Interleaved(reads), reads),
+    RoundedAttention.fxc_kind: lambda module, reads, rank: (Attention(module), None),
     layers.DynamicLinear.fxc_kind: lambda module, reads, rank: (DynamicLinear(module), None),
     layers.WeightOnlyLinear.fxc_kind: lambda module, reads, rank: (WeightLinear(module), None),
     layers.WeightOnlyConv2d.fxc_kind: lambda module, reads, rank: (WeightConv2d(module), None),

@@ -15,7 +15,8 @@ from ..graph.captured import Captured
 from ..graph.comparing import inputs_of
 from ..graph.interpret import evaluating, values_of
 from ..graph.ops import kind_of, module_of
-from ..nn import IntConv2d, IntLinear
+from ..nn import IntConv2d, IntLinear, RoundedAttention
+from ..nn.attention import rounding
 from ..passes.shared.calibrating import uncalibrated, unrecovered, without_rounding
 from ..passes.shared.integer import regions_of
 from .measure import apart, results
@@ -60,15 +61,19 @@ def held_against(simulated: Captured, lowered: Captured, done: Lowered, data: Ca
     promised = results(simulated, inputs)
     with without_rounding(simulated):
         allowed = max(TOLERANCE, apart(results(simulated, inputs), promised))
-    gap = apart(results(lowered, inputs), promised)
+    with rounding(lowered.module):
+        gap = apart(results(lowered, inputs), promised)
     if not gap <= allowed:
         raise PlanError([Diagnostic(
             "FXC0573", f"the integer kernels depart from the simulation by {gap:.1%}",
             notes=(f"up to {allowed:.1%} of the result's root mean square are let pass: {TOLERANCE:.0%}, or what "
                    "rounding itself changes", *_culprit(simulated, lowered, done, inputs)),
             help="leave that layer in float, and report it: the kernels should do what the simulation does")])
-    count = len(done.kernels)
+    attends = sum(isinstance(module_of(node), RoundedAttention) for node in done.kernels.values())
+    count = len(done.kernels) - attends
     notes = [f"{count} layer{'s' * (count != 1)} in integer kernels, within {gap:.2g} of the simulation"]
+    if attends:
+        notes.append(f"{attends} attention{'s' * (attends != 1)} in float here, unrounded: {RoundedAttention.why}")
     return notes + [f"{name} stays in float: {why}" for name, why in done.left.items()]
 
 
@@ -82,7 +87,7 @@ def _culprit(simulated: Captured, lowered: Captured, done: Lowered, inputs: Sequ
         for node, value in values_of(fx.Interpreter(simulated.module), inputs):
             if node.name in promised:
                 expected[promised[node.name]] = value.clone()
-    with evaluating(lowered.module):
+    with evaluating(lowered.module), rounding(lowered.module):
         for node, value in values_of(fx.Interpreter(lowered.module), inputs):
             name = wanted.get(node.name)
             if name is None or name not in expected:

@@ -20,8 +20,10 @@ from ..graph.comparing import inputs_of
 from ..graph.interpret import Settled, evaluated, evaluating, values_of
 from ..graph.ops import arguments, kind_of, module_of, op_of
 from ..graph.select import label
+from ..nn.attention import RoundedAttention
 from ..nn.quantizer import Quantizer
 from ..nn.scheme import Scheme
+from ..passes.shared.attention import multiplies_values
 from ..passes.shared.integer import data_of, regions_of, role_of
 from .measure import tensors_in
 from .quantization_rows import FLOAT, Error, Histogram, LayerRow, Quantization, Rounding
@@ -72,7 +74,7 @@ def _places(captured: Captured) -> list[_Place]:
     found: dict[str, _Place] = {}
     for node in captured.graph.nodes:
         if node in weights or getattr(node.meta.get("fxc"), "macs", 0) > 0:
-            data = next(iter(data_of(node)), None) if node in ends else None
+            data = next(iter(data_of(node)), None) if node in ends or multiplies_values(node) else None
             end = ends.get(node, node)
             rounding = [user for user in end.users if _quantizer(user) is not None]
             name = label(node) if label(node) not in found else node.name
@@ -236,10 +238,14 @@ def _row(run: _Run, place: _Place, done: Lowered, timed: Captured, seconds: dict
     node, name = place.node, place.node.name
     gives = run.gives[place.gives].error
     kernel = done.kernels.get(name)
+    reads = None
+    if place.data is not None and place.reads is not None:
+        reads = _rounding(place.reads, run.reads[place.data])
     if place.weight is None:
-        why = "no rule selects it" if role_of(node) == "product" else f"there is no integer kernel for {kind_of(node)}"
-        size = node.meta["fxc"].bytes
-        return LayerRow(place.name, kind_of(node), FLOAT, why, (size, size), seconds.get(name), gives=gives)
+        why = "no rule selects it" if role_of(node) == "product" else (
+            RoundedAttention.why if reads is not None else f"there is no integer kernel for {kind_of(node)}")
+        size, named = node.meta["fxc"].bytes, kernel.name if kernel is not None else name
+        return LayerRow(place.name, kind_of(node), FLOAT, why, (size, size), seconds.get(named), reads, gives=gives)
     weight = weight_of(run.simulated, node)
     bias = arguments(node).get("bias")
     before = after = bytes_of([weight, *([evaluated(run.simulated.module, bias)] if isinstance(bias, fx.Node) else [])])
@@ -250,9 +256,6 @@ def _row(run: _Run, place: _Place, done: Lowered, timed: Captured, seconds: dict
         after = bytes_of(module.state_dict().values())
     total = _Sum()
     total.add(weight, place.weight(weight), place.weight)
-    reads = None
-    if place.data is not None and place.reads is not None:
-        reads = _rounding(place.reads, run.reads[place.data])
     return LayerRow(place.name, kind_of(node), shown, why, (before, after),
                     seconds.get(kernel.name if kernel is not None else name), reads,
                     _rounding(place.weight, total), gives)

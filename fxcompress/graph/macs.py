@@ -76,6 +76,11 @@ def _attention(a: Mapping[str, Any], out: Tensor, of: Values) -> int:
     return int(pairs * (query.shape[-1] + value.shape[-1]))
 
 
+def _rounded_attention(a: Mapping[str, Any], out: Tensor, of: Values) -> int:
+    """The same; its arguments have no names."""
+    return _attention({"query": a["0"], "key": a["1"], "value": a["2"]}, out, of)
+
+
 def _multihead(a: Mapping[str, Any], out: Any, of: Values) -> int:
     """The three projections in, the attention of every head, the projection out (Vaswani et al., 2017)."""
     query, key, value = of(a["query"]), of(a["key"]), of(a["value"])
@@ -102,6 +107,7 @@ def _recurrent(node: fx.Node, of: Values) -> int:
 _COUNTERS: Mapping[str, Counter] = {
     **{f"conv{n}d": _conv for n in (1, 2, 3)}, **{f"conv_transpose{n}d": _conv_transpose for n in (1, 2, 3)},
     "linear": _linear, "bilinear": _bilinear, "scaled_dot_product_attention": _attention,
+    "rounded_attention": _rounded_attention,
     "multihead_attention": _multihead,
     "einsum": _einsum, **dict.fromkeys(("matmul", "bmm", "mm", "mv", "dot", "addmm", "baddbmm"), _product),
 }

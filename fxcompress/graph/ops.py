@@ -19,8 +19,8 @@ from .ops_table import TABLE
 OPS: Mapping[str, Op] = {op.name: op for op in TABLE}
 BY_TARGET: Mapping[Callable[..., Any], Op] = {op.target: op for op in TABLE}
 
-__all__ = ["BY_TARGET", "MODULES", "OPS", "REQUIRED", "Op", "Param", "arguments", "bind", "call", "kind_of", "op_of",
-           "parameter_names", "parse_signature", "path_of", "qualified_name"]
+__all__ = ["BY_TARGET", "MODULES", "OPS", "REQUIRED", "Op", "Param", "arguments", "bind", "call", "kind_of",
+           "named_call", "op_of", "parameter_names", "parse_signature", "path_of", "qualified_name"]
 
 _RANKED = ("batchnorm", "instancenorm")  # kinds with 1d, 2d or 3d after them, by the rank of the input less two
 
@@ -122,6 +122,11 @@ def path_of(node: fx.Node) -> str:
 
 def call(graph: fx.Graph, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
     """Append a canonical call of `kind` at the graph's insertion point; arguments by canonical name or in order."""
+    return named_call(graph, None, kind, *args, **kwargs)
+
+
+def named_call(graph: fx.Graph, name: str | None, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
+    """As `call`; the node is called `name`, or as that with a number where it is taken."""
     op = OPS[kind]
     normal_args, normal_kwargs = op.normal(op.bind(args, kwargs))
-    return graph.call_function(op.target, normal_args, normal_kwargs)
+    return graph.create_node("call_function", op.target, normal_args, normal_kwargs, name)

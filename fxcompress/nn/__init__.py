@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .attention import RoundedAttention as RoundedAttention
 from .cuda import CudaInt8Linear as CudaInt8Linear
 from .cuda import Sparse24Linear as Sparse24Linear
 from .cuda import ToInt8 as ToInt8

@@ -66,7 +66,7 @@ def normalize(settings: Pass, captured: Captured, site: Site) -> Normal:
     that is the same.
     """
     normal, there = Normal(), set(captured.graph.nodes)
-    nodes = list(_written_out(captured, site.nodes, normal))
+    nodes = list(_written_out(captured, site.nodes, normal, getattr(settings, "attention", False)))
     captured.refresh()
     _mark(settings, captured, site, there, "written as linear layers")
     there = set(captured.graph.nodes)
@@ -91,9 +91,9 @@ def _mark(settings: Pass, captured: Captured, site: Site, there: set[fx.Node], d
             touch(node, settings, site, detail, was=(path_of(node).replace(".", "_"),))
 
 
-def _written_out(captured: Captured, nodes: Iterable[fx.Node], normal: Normal) -> Iterable[fx.Node]:
+def _written_out(captured: Captured, nodes: Iterable[fx.Node], normal: Normal, rounds: bool) -> Iterable[fx.Node]:
     """`nodes`, with the projections of attention modules in the place of these, and linear layers in that of `addmm`s
-    on parameters."""
+    on parameters. `rounds` says whether attention itself will be rounded."""
     count = 0
     for node in list(nodes):
         if kind_of(node) != ATTENTION:
@@ -105,8 +105,8 @@ def _written_out(captured: Captured, nodes: Iterable[fx.Node], normal: Normal) -
         count += 1
         yield from write_out(captured, node, module, module.num_heads, module.head_dim)
     if count:
-        normal.notes.append(f"{count} {ATTENTION} written out: the projections are linear layers, the product of "
-                            "queries, keys and values computes in float")
+        normal.notes.append(f"{count} {ATTENTION} written out: the projections are linear layers" + (
+            "" if rounds else ", the product of queries, keys and values computes in float"))
 
 
 def _linear(captured: Captured, node: fx.Node) -> None:

@@ -15,12 +15,14 @@ from fxcompress.graph.captured import Captured
 from fxcompress.graph.interpret import evaluated
 from fxcompress.graph.ops import arguments, kind_of, module_of, path_of
 from fxcompress.graph.provenance import origins_of, touch
+from fxcompress.graph.select import label
 from fxcompress.graph.site import Change, Outcome, Site
 from fxcompress.nn.dynamic import DynamicQuantizer
 from fxcompress.nn.pairs import SAFE_BITS, saturates
 from fxcompress.nn.quantizer import Quantizer, WeightQuantizer, groups_of
 from fxcompress.nn.scheme import Scheme
 from fxcompress.nn.trained import TrainedQuantizer
+from fxcompress.passes.shared import attention
 from fxcompress.passes.shared.calibrating import calibrate, cover_weight
 from fxcompress.passes.shared.fold_norms import fold, norms_behind
 from fxcompress.passes.shared.integer import Grids, Region, averages, data_of, regions_of, role_of
@@ -57,6 +59,7 @@ def quantize(settings: Quantize, captured: Captured, site: Site) -> Outcome:
 def _static(settings: Quantize, captured: Captured, site: Site, products: list[fx.Node]) -> Outcome:
     _fold(settings, captured, site, products)
     prepare(settings, captured, products)
+    attended, notes = _attention(settings, captured, site, products)
     regions = regions_of(products)
     grids = Grids(regions)
     changes = [_weight(settings, captured, site, node) for node in products]
@@ -67,12 +70,14 @@ def _static(settings: Quantize, captured: Captured, site: Site, products: list[f
     if captured.concrete and site.calibration is not None:
         found += calibrate(captured, _some(settings, site.calibration))
         unknown = ()
-    return Outcome(tuple(changes), (*_saturation(settings), *_breaks(regions, grids), *found), unknown=unknown)
+    return Outcome((*changes, *attended), (*_saturation(settings), *_breaks(regions, grids), *notes, *found),
+                   unknown=unknown)
 
 
 def _qat(settings: Quantize, captured: Captured, site: Site, products: list[fx.Node]) -> Outcome:
     """Quantizers whose ranges move in training; calibration data, where there are some, say where they begin."""
     there, norms = set(captured.graph.nodes), norms_behind(captured, products)
+    attended, said = _attention(settings, captured, site, products)
     regions = regions_of(products, norms)
     grids = Grids(regions)
     changes = [_weight(settings, captured, site, node, norms.get(node)) for node in products]
@@ -86,8 +91,8 @@ def _qat(settings: Quantize, captured: Captured, site: Site, products: list[fx.N
         unknown = ()
     made = [node for node in captured.graph.nodes if node not in there]
     moving = scheduled(settings, captured, site, [*made, *norms.values()])
-    notes = (*_saturation(settings), *_breaks(regions, grids), *moving.notes)
-    return replace(moving, changes=tuple(changes), notes=notes, unknown=unknown)
+    notes = (*_saturation(settings), *_breaks(regions, grids), *said, *moving.notes)
+    return replace(moving, changes=(*changes, *attended), notes=notes, unknown=unknown)
 
 
 def _weight_only(settings: Quantize, captured: Captured, site: Site, products: list[fx.Node]) -> Outcome:
@@ -245,13 +250,10 @@ def _place(settings: Quantize, captured: Captured, site: Site, grids: Grids) -> 
     ends = {region.end for region in grids.regions}
     readers = _readers(grids)
     leaving = {region.norm for region in grids.regions}
-    kind = TrainedQuantizer if settings.mode == "qat" else Quantizer
-    device = next((tensor.device for tensor in captured.module.parameters()), None)
     for source, grid in grids.sources.items():
         if grid not in paths:
             paths[grid] = f"{_where(source, leaving)}quantizer"
-            name, arguments_ = _spec(settings.observer)
-            put(captured, paths[grid], kind(scheme, observer=name, arguments=arguments_, device=device))
+            put(captured, paths[grid], _value_quantizer(settings, captured, scheme))
         with captured.graph.inserting_after(source):
             call = captured.graph.call_module(paths[grid], (source,))
         call.meta["path"] = path_of(source)
@@ -259,6 +261,55 @@ def _place(settings: Quantize, captured: Captured, site: Site, grids: Grids) -> 
             if user is not call and (source in ends or user in readers):
                 user.replace_input_with(source, call)
         touch(call, settings, site, f"rounds to {bits_of(settings)} bits", was=(source.name,))
+
+
+def _value_quantizer(settings: Quantize, captured: Captured, scheme: Scheme) -> Quantizer:
+    """A quantizer without a range for values."""
+    kind = TrainedQuantizer if settings.mode == "qat" else Quantizer
+    name, arguments_ = _spec(settings.observer)
+    device = next((tensor.device for tensor in captured.module.parameters()), None)
+    return kind(scheme, observer=name, arguments=arguments_, device=device)
+
+
+def _attention(settings: Quantize, captured: Captured, site: Site,
+               products: list[fx.Node]) -> tuple[list[Change], list[str]]:
+    """Quantizers on what attention multiplies, where that is asked for; and what to note."""
+    if not settings.attention:
+        return [], []
+    changes: list[Change] = []
+    left: dict[str, list[str]] = {}
+    schemes, bits = _attention_schemes(settings), bits_of(settings)
+    found = attention.fed_by(captured, products)
+    for node in found:
+        why = attention.why_not(node)
+        if why is not None:
+            left.setdefault(why, []).append(label(node))
+            continue
+        changes.append(Change(label(node), kind_of(node), "products", "float", f"int{bits}",
+                              "its values are of a selected layer"))
+        quantizers = {part: _value_quantizer(settings, captured, scheme) for part, scheme in schemes.items()}
+        for made in attention.Writer(captured, node).write(quantizers):
+            touch(made, settings, site, "attention written out, what it multiplies rounded", was=(node.name,))
+    captured.refresh()
+    notes = [f"attention stays in float ({few(names)}): {why}" for why, names in left.items()]
+    if not found:
+        notes.append("`attention = true` changes nothing: no selected layer gives values to attention")
+    if changes:
+        notes.append(f"{len(changes)} attention{'s' * (len(changes) != 1)}: queries, keys, values and weights in "
+                     f"{bits} bits, which exported files multiply as integers")
+    if changes and schemes["query"].bits < bits:
+        notes.append(f"queries and weights of attention in {schemes['query'].bits} bits: this CPU has no VNNI "
+                     "instructions, its products of bytes saturate")
+    return changes, notes
+
+
+def _attention_schemes(settings: Quantize) -> Mapping[str, Scheme]:
+    """Of what attention multiplies, by its part. Keys and values can't be scaled so that no sum of products saturates,
+    as weights can: what they are multiplied by has fewer bits where it would."""
+    bits = bits_of(settings)
+    read = min(bits, SAFE_BITS - bits) if saturates() else bits
+    return {"query": Scheme(read, signed=False), "key": Scheme(bits), "value": Scheme(bits),
+            "weights": Scheme(read, signed=False, symmetric=False)}
 
 
 def _readers(grids: Grids) -> set[fx.Node]:

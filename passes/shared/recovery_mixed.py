@@ -23,6 +23,7 @@ from fxcompress.graph.captured import Captured
 from fxcompress.graph.interpret import evaluating, values_of
 from fxcompress.graph.ops import kind_of, module_of
 from fxcompress.nn.quantizer import Quantizer
+from fxcompress.passes.shared.attention import attends
 from fxcompress.passes.shared.integer import averages, data_of, role_of
 from fxcompress.passes.shared.recovery import UNROUNDED, Layer, layers_of, spread
 from fxcompress.passes.shared.recovery_bias import channels, mean_shift
@@ -275,13 +276,14 @@ def switch(captured: Captured, layers: Sequence[Layer]) -> None:
 
 def _read(layers: Sequence[Layer], calls: Mapping[fx.Node, Quantizer]) -> set[Quantizer]:
     """The quantizers on values that kernels read: what they multiply, of what that is a mean, and, where the sum is
-    wanted in integers, what they add."""
+    wanted in integers, what they add; and those that attention reads."""
     kernels = [layer for layer in layers if LEFT not in layer.node.meta]
     ends = {layer.region.end for layer in kernels}
     read = {calls[source] for layer in kernels for source in _sources(layer.data) if source in calls}
     read |= {calls[source] for node, quantizer in calls.items() if quantizer in read
              for mean in node.all_input_nodes if averages(mean) for source in _sources(data_of(mean)[0])
              if source in calls}
+    read |= {quantizer for node, quantizer in calls.items() if attends(node)}
     rest = [layer for layer in layers if layer.region.other is not None]
     while due := [layer for layer in rest if any(calls.get(user) in read for user in layer.region.end.users)]:
         rest = [layer for layer in rest if layer not in due]
