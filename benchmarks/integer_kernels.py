@@ -2,8 +2,8 @@
 
     taskset -c 1 python benchmarks/integer_kernels.py
 
-One thread; the least processor time of five repetitions. oneDNN on plain bytes, FBGEMM behind its adapter, and the
-float layer of torch beside them.
+One thread; the least processor time of five repetitions. oneDNN on plain bytes and (for convolutions) on quantized
+dtypes, FBGEMM behind its adapter, and the float layer of torch beside them.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fxcompress.nn import IntConv2d, IntLinear, engines
+from fxcompress.nn import IntConv2d, IntLinear, engines, quantized_dtypes
 from fxcompress.nn.integer import After, Grid
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tables import markdown
 
-READS, GIVES = Grid(0.05, 3, 0, 127), Grid(0.1, 3, 0, 127)
+READS, GIVES = Grid(0.05, 3, 0, 127), Grid(0.1, 3)
 # batch, channels in, channels out, kernel, groups, height and width
 CONVOLUTIONS = ((1, 24, 24, 1, 1, 28), (1, 24, 24, 3, 24, 28), (1, 96, 96, 1, 1, 7), (1, 96, 96, 3, 96, 7),
                 (1, 96, 24, 1, 1, 56), (1, 144, 144, 3, 144, 56), (1, 64, 64, 3, 1, 56), (16, 24, 24, 1, 1, 28))
@@ -45,9 +45,12 @@ def microseconds(run: Callable[[], Tensor]) -> float:
     return 1e6 * best
 
 
-def by(layer: IntConv2d | IntLinear, q: Tensor, few: float) -> float:
-    """With the bounds of `engines` so high, or so low, that one library is chosen."""
+def by(layer: IntConv2d | IntLinear, q: Tensor, few: float, plain: bool = False) -> float:
+    """With the bounds of `engines` so high, or so low, that one library is chosen; oneDNN on `plain` bytes, or not."""
     was = engines.FEW_PRODUCTS, engines.FEW_DEPTHWISE, engines.FEW_ROWS
+    available = quantized_dtypes.available
+    if plain:
+        quantized_dtypes.available = lambda engine: engine == "fbgemm"  # type: ignore[assignment]
     engines.FEW_PRODUCTS = engines.FEW_DEPTHWISE = few
     engines.FEW_ROWS = int(min(few, 1e9))
     try:
@@ -55,6 +58,7 @@ def by(layer: IntConv2d | IntLinear, q: Tensor, few: float) -> float:
         return microseconds(lambda: layer(q))
     finally:
         engines.FEW_PRODUCTS, engines.FEW_DEPTHWISE, engines.FEW_ROWS = was
+        quantized_dtypes.available = available
 
 
 def convolution(batch: int, inputs: int, outputs: int, kernel: int, groups: int, size: int) -> tuple[str, ...]:
@@ -65,7 +69,8 @@ def convolution(batch: int, inputs: int, outputs: int, kernel: int, groups: int,
     x, weight = q.float(), torch.randn(shape).to(memory_format=torch.channels_last)
     products = batch * size * size * layer.weight.numel() / 1e6
     return (f"{batch} x {inputs} x {size} x {size} -> {outputs}, {kernel} x {kernel}" + ", depthwise" * (groups > 1),
-            f"{products:.2f}", f"{by(layer, q, 0):.0f}", f"{by(layer, q, 1e12):.0f}",
+            f"{products:.2f}", f"{by(layer, q, 0, plain=True):.0f}", f"{by(layer, q, 0):.0f}",
+            f"{by(layer, q, 1e12):.0f}",
             f"{microseconds(lambda: F.conv2d(x, weight, layer.bias, 1, pad, 1, groups)):.0f}")
 
 
@@ -75,7 +80,7 @@ def linear(rows: int, inputs: int, outputs: int) -> tuple[str, ...]:
                torch.randn(outputs))
     q = torch.randint(0, 128, (rows, inputs), dtype=torch.uint8)
     x, weight = q.float(), torch.randn(outputs, inputs)
-    return (f"{rows} x {inputs} -> {outputs}", f"{rows * inputs * outputs / 1e6:.2f}", f"{by(layer, q, 0):.0f}",
+    return (f"{rows} x {inputs} -> {outputs}", f"{rows * inputs * outputs / 1e6:.2f}", f"{by(layer, q, 0):.0f}", "",
             f"{by(layer, q, 1e12):.0f}", f"{microseconds(lambda: F.linear(x, weight, layer.bias)):.0f}")
 
 
@@ -84,7 +89,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     lines = [convolution(*each) for each in CONVOLUTIONS] + [linear(*each) for each in ROWS]
-    print(markdown(("", "M products", "oneDNN µs", "FBGEMM µs", "torch fp32 µs"), lines))
+    print(markdown(("", "M products", "oneDNN µs", "oneDNN quantized µs", "FBGEMM µs", "torch fp32 µs"), lines))
 
 
 if __name__ == "__main__":

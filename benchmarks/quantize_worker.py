@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
 Run = Callable[[], Any]  # one forward pass; gives the output
 FLOAT = "policy float { }"
-STATIC = 'use "std/quant.fxc" { int8 }\npolicy static { quantize conv2d | linear | multihead_attention as int8 { } }'
+STATIC = """use "std/quant.fxc" { int8 }
+policy static { quantize conv2d | linear | multihead_attention as int8 { attention = true } }"""
 DYNAMIC = """use "std/quant.fxc" { int8_dynamic }
 policy dynamic { quantize linear | multihead_attention as int8_dynamic { } }"""
 

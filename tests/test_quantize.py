@@ -124,18 +124,22 @@ def check(found: Tensor, expected: Tensor, after: After) -> None:
     assert found.dtype == torch.uint8 and float(off.max()) <= 1 and float((off > 0).double().mean()) < 1e-3
 
 
-@pytest.fixture(params=["few", "many"])
+@pytest.fixture(params=["few", "many", "many, on plain bytes"])
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So few products that FBGEMM computes them, where it can, and so many that oneDNN does."""
-    few = {"few": 1e12, "many": 0}[request.param]
+    """So few products that FBGEMM computes them, where it can, and so many that oneDNN does, by either of its
+    operators."""
+    few = 1e12 if request.param == "few" else 0
     monkeypatch.setattr(engines, "FEW_PRODUCTS", few)
     monkeypatch.setattr(engines, "FEW_DEPTHWISE", few)
+    if "bytes" in request.param:
+        monkeypatch.setattr(quantized_dtypes, "available", lambda engine: engine == "fbgemm")
 
 
-@pytest.fixture(params=["few", "many"])
+@pytest.fixture(params=["on plain bytes", "on quantized dtypes"])
 def sums(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Additions to so few numbers that plain bytes are added, and to so many that quantized dtypes are."""
-    monkeypatch.setattr(engines, "MANY_SUMS", {"few": 1e12, "many": 0}[request.param])
+    """Additions by either of oneDNN's operators."""
+    if "bytes" in request.param:
+        monkeypatch.setattr(quantized_dtypes, "available", lambda engine: engine == "fbgemm")
 
 
 # Of all numbers, of those that a byte keeps, and those of 7 bits: with both signs, and behind a ReLU.
@@ -284,8 +288,7 @@ def test_additions_in_exact_arithmetic(activation: str, gives: Grid | None, copi
     assert torch.backends.quantized.engine == engine
 
 
-def test_many_threads_at_once_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "MANY_SUMS", 0)  # by the operator that one thread at a time can call
+def test_many_threads_at_once_compute_the_same() -> None:
     model, x = settled(torchvision.models.resnet18(num_classes=10), 3, 64, 64), noise(2, 3, 64, 64)
     _, small = deployed(model, x)
     with torch.inference_mode():

@@ -1,8 +1,8 @@
 """Which library computes an integer product, and how it is called: oneDNN, or FBGEMM where few numbers are multiplied.
 
 What decides was measured by `benchmarks/integer_kernels.py`: FBGEMM has the least overhead a call, and oneDNN is the
-faster one at what is left. Of oneDNN's operators the one on plain bytes has the lesser overhead; where it adds to large
-images, the one on quantized dtypes is the faster.
+faster one at what is left. Of its convolutions those on quantized dtypes keep what they have set up from call to call;
+those on plain bytes do what the others can't: other activations than a ReLU, narrower grids, floats as the result.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 FEW_ROWS = 64  # of a matrix, below which FBGEMM multiplies faster
 FEW_PRODUCTS = 2e6  # of a convolution, below which FBGEMM's smaller overhead wins
 FEW_DEPTHWISE = 2e5  # the same where each filter reads one channel
-MANY_SUMS = 6e5  # numbers that a convolution adds to, from which oneDNN's operator on quantized dtypes is the faster
 _TOP = 255  # of uint8
 _D = torch.ops.onednn
 _conv = getattr(_D, "qconv_pointwise", None) or _D.qconv2d_pointwise
@@ -55,10 +54,11 @@ def conv2d(layer: IntConv2d, shape: torch.Size) -> Kernel:
     why = f"{products / 1e6:.2g} M products: the faster one at many"
     if products < few:
         why = _objection(layer.after) if fits else "FBGEMM's sums would saturate"
-    if layer.after.adds is not None and places * layer.shape[0] >= MANY_SUMS and _plain(layer.after) and (
-            quantized_dtypes.available("onednn")):
+    if not _plain(layer.after) or not quantized_dtypes.available("onednn"):
+        return Kernel("onednn", why, _pointwise(layer, shape))
+    if layer.after.adds is not None:
         return Kernel("onednn", why, _adding_conv2d(layer, shape))
-    return Kernel("onednn", why, _pointwise(layer, shape))
+    return Kernel("onednn", why, _quantized(layer, "conv2d", _filters(layer, "onednn"), torch.channels_last))
 
 
 def linear(layer: IntLinear, shape: torch.Size) -> Kernel:
