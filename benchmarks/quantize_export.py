@@ -32,7 +32,7 @@ from tables import Row, markdown, read, write
 
 RESULTS = Path(__file__).parent / "results/quantize_export.csv"
 COLUMNS = ("model", "by", "most", "mean", "sqnr", "rounding")
-POLICY = 'use "std/quant.fxc" {{ int8 }}\npolicy small {{ quantize {layers} as int8 {{ correct_bias = {biased} }} }}'
+POLICY = 'use "std/quant.fxc" {{ int8 }}\npolicy small {{ quantize {layers} as int8 {{ {more} }} }}'
 STEPS = 255  # of 8 bits
 Batch = Sequence[Tensor]
 Run = Callable[[Batch], Tensor]
@@ -46,7 +46,7 @@ class Subject:
     calibration: Sequence[Batch]
     test: Sequence[Batch]
     layers: str = "conv2d | linear"
-    biased: str = "true"
+    more: str = "correct_bias = true"  # settings
 
 
 def _images(model: nn.Module, prepare: Callable[[Tensor], Tensor]) -> Subject:
@@ -54,15 +54,16 @@ def _images(model: nn.Module, prepare: Callable[[Tensor], Tensor]) -> Subject:
     return Subject(model, seen, test)
 
 
-def _minilm() -> Subject:
+def _minilm(more: str = "") -> Subject:
     seen, test = ([tuple(batch.values()) for batch in minilm.batches(texts, 32)] for texts in minilm.sentences())
-    return Subject(minilm.MiniLM(), seen, test, "linear", "false")
+    return Subject(minilm.MiniLM(), seen, test, "linear", more)
 
 
 SUBJECTS: Mapping[str, Callable[[], Subject]] = {
     "EfficientNet-Lite0": lambda: _images(efficientnet_lite0(), lambda images: images),
     "MobileNetV2": lambda: _images(Features(), normalized),
     "MiniLM": _minilm,
+    "MiniLM, attention too": lambda: _minilm("attention = true"),
 }
 
 
@@ -80,7 +81,7 @@ def ways(module: torch.fx.GraphModule, folder: Path) -> Mapping[str, Run]:
 def measure(name: str) -> list[Row]:
     """A row for each way to run the model `name`."""
     subject = SUBJECTS[name]()
-    policy = POLICY.format(layers=subject.layers, biased=subject.biased)
+    policy = POLICY.format(layers=subject.layers, more=subject.more)
     result = fxcompress.compile(policy, subject.model, tuple(subject.test[0]), calibration=list(subject.calibration))
     module = result.finalize(target="cpu")
     simulated = _all(lambda batch: result.module.eval()(*batch), subject.test)

@@ -4,8 +4,9 @@
     python benchmarks/quantize_minilm.py --show      # the table of the CSV, without running anything
 
 The model and the sentences are those of `minilm.py`: 128 sentences to calibrate on, 256 from other documents to test
-on. What is measured is the finalized model: integer kernels on this CPU. A policy that this version can't read is said
-to be so. With `--peer` torch's own `quantize_dynamic` is measured too, in a process of its own.
+on. What is measured is the finalized model: integer kernels on this CPU, and attention as files compute it. A policy
+that this version can't read is said to be so. With `--peer` torch's own `quantize_dynamic` is measured too, in a
+process of its own.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 
 import fxcompress
 from fxcompress.diagnostics import PolicyError
+from fxcompress.nn.attention import rounding
 
 sys.path.insert(0, str(Path(__file__).parent))
 from minilm import MiniLM, batches, sentences
@@ -40,6 +42,8 @@ WAYS: Mapping[str, tuple[str, str, str]] = {
     "static, weights in 7 bits, smooth": ("7", "8", f"{_NARROW}, smooth = 50%"),
     "static, weights that fit": ("8", "8", _FITS),
     "static, weights that fit, smooth": ("8", "8", f"{_FITS}, smooth = 50%"),
+    "static, weights that fit, attention": ("8", "8", f"{_FITS}, attention = true"),
+    "static, weights that fit, smooth, attention": ("8", "8", f"{_FITS}, smooth = 50%, attention = true"),
     "dynamic, per tensor": ("8", "7", "mode = dynamic, bits = 7 bits"),
     "dynamic, per tensor, weights in 7 bits": ("7", "8", f"mode = dynamic, {_NARROW}"),
     "dynamic, per tensor, weights that fit": ("8", "8", f"mode = dynamic, {_FITS}"),
@@ -69,7 +73,8 @@ def measure(way: str) -> Row | None:
     final = result.finalize(target="cpu")
     layers = sum(_holds_bytes(final.get_submodule(str(node.target))) for node in final.graph.nodes
                  if node.op == "call_module")
-    mean, least = cosines(embeddings(final, test), embeddings(model, test))
+    with rounding(final):
+        mean, least = cosines(embeddings(final, test), embeddings(model, test))
     return {"way": way, "weights": weights, "values": values, "settings": settings, "cosine": mean, "least": least,
             "layers": layers, "bytes": size(final) / size(model)}
 

@@ -121,7 +121,7 @@ def _held_against(module: fx.GraphModule, signature: Signature, path: Path, name
         raise PlanError([Diagnostic(
             "FXC0642", f"what {path.name} computes lies {gap:.1%} apart from the module",
             notes=(f"up to {allowed:.1%} of the result's root mean square are let pass: {TOLERANCE:.0%}, or what a "
-                   "change of the inputs (or of embeddings) by a thousandth makes, if that is more",),
+                   "change of the inputs by a thousandth makes, if that is more",),
             help="report it: every runtime should compute what the module does")])
     return gap, ()
 

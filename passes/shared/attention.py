@@ -54,6 +54,13 @@ def fed_by(captured: Captured, products: Iterable[fx.Node]) -> list[fx.Node]:
             and _giver(arguments(node)["value"]) in chosen]
 
 
+def by_hand(captured: Captured) -> list[fx.Node]:
+    """The softmaxes whose weights a product reads: attention that the model writes out itself."""
+    return [node for node in captured.graph.nodes if kind_of(node) == "softmax" and any(
+        kind_of(reader) in ("matmul", "bmm") for user in node.users
+        for reader in (user.users if kind_of(user) == "dropout" else (user,)))]
+
+
 def _giver(value: fx.Node) -> fx.Node | None:
     """What gives the numbers of `value`, behind what only moves them."""
     node: fx.Node | None = value

@@ -291,6 +291,8 @@ def _attention(settings: Quantize, captured: Captured, site: Site,
         for made in attention.Writer(captured, node).write(quantizers):
             touch(made, settings, site, "attention written out, what it multiplies rounded", was=(node.name,))
     captured.refresh()
+    if written := [label(node) for node in attention.by_hand(captured)]:
+        left["the model writes its products out, and doesn't call `scaled_dot_product_attention`"] = written
     notes = [f"attention stays in float ({few(names)}): {why}" for why, names in left.items()]
     if not found:
         notes.append("`attention = true` changes nothing: no selected layer gives values to attention")
