@@ -16,9 +16,9 @@ from ..nn.packed import PackedConv2d
 from ..passes.shared.fold_norms import fold
 from ..passes.shared.integer import Region, regions_of
 from ..passes.shared.masking import is_there, parameter_of
+from ..passes.shared.post_ops import post_op
 from ..passes.shared.weights import absorb, expose, unexposable
 from .int8_moves import pair
-from .post_ops import post_op
 from .settling import settle
 
 _FOLDED = ("conv1d", "conv2d", "conv3d", "linear")

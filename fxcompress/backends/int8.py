@@ -20,10 +20,10 @@ from ..nn.quantizer import Quantizer, WeightQuantizer
 from ..passes.shared.calibrating import quantizers_of
 from ..passes.shared.integer import Region, averages, data_of, regions_of, role_of
 from ..passes.shared.masking import is_there
+from ..passes.shared.post_ops import post_op
 from .attention import lower_attention
 from .dynamic import lower_dynamic
 from .int8_moves import MODULES, READS_SIZES, interleaved, mean, pair
-from .post_ops import post_op
 from .settling import settle
 from .weight_only import lower_weight_only
 

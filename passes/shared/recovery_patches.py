@@ -6,9 +6,8 @@ depthwise convolution as many as channels. Which patches are looked at is drawn 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fxcompress.graph.ops import arguments, kind_of
+from fxcompress.nn.post_ops import FUNCTIONS
+from fxcompress.passes.shared.post_ops import post_op
 from fxcompress.passes.shared.recovery import Layer
 
 KINDS = ("linear", "conv2d")
@@ -97,20 +98,7 @@ def bias_of(layer: Layer, product: Product) -> Tensor:
     return (weight.new_zeros(len(weight)) if bias is None else bias.detach()).reshape(product.groups, 1, -1)
 
 
-# Activation -> the function, of those that a kernel computes behind its product.
-ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu, "relu6": F.relu6, "hardswish": F.hardswish, "silu": F.silu,
-}
-
-
 def activation_of(layer: Layer) -> Callable[[Tensor], Tensor]:
     """The function behind the product in its region; the identity where there is none, or an addition comes first."""
-    node = layer.region.activation
-    if node is None or layer.region.add is not None:
-        return lambda x: x
-    if kind_of(node) == "hardtanh":
-        values = arguments(node)
-        return partial(F.hardtanh, min_val=values["min_val"], max_val=values["max_val"])
-    if kind_of(node) == "gelu":
-        return partial(F.gelu, approximate=arguments(node)["approximate"])
-    return ACTIVATIONS[kind_of(node)]
+    name, numbers = post_op(layer.region.activation if layer.region.add is None else None)
+    return lambda x: FUNCTIONS[name](x, *numbers)

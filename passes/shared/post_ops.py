@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import fx
 
-from ..graph.ops import arguments, kind_of
+from fxcompress.graph.ops import arguments, kind_of
 
 # Activation -> the name that layers have for it (oneDNN's), and its numbers, or the arguments that hold them.
 ACTIVATIONS: Mapping[str, tuple[str, tuple[str | float, ...]]] = {
