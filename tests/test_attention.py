@@ -171,6 +171,17 @@ def test_torch_computes_it_unrounded_and_says_so(tmp_path: Path) -> None:
         assert torch.equal(loaded(x), small(x))
 
 
+def test_compiled_and_as_a_program_it_is_the_same(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Attends("bool").eval(), noise(4, LENGTH, WIDTH)
+    result = compressed(model, x)
+    small = result.finalize(target="cpu")
+    exported = fxcompress.export(small, tmp_path / "small.pt2")
+    assert exported.gap is not None and exported.gap < 1e-2
+    with torch.no_grad():
+        assert apart(result.finalize(target="cpu", compile=True)(x), small(x)) < 1e-2
+
+
 def test_the_simulation_is_saved_with_its_grids(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, x = Attends("bool").eval(), noise(4, LENGTH, WIDTH)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .held import HeldTensor
 from .integer import Grid, is_fake
 
 _BLOCK = 8  # `torch._int_mm` takes multiples of it, of inputs and of outputs
@@ -100,16 +101,6 @@ class CudaInt8Linear(nn.Module):
         return str(self.shape)
 
 
-class Kept:
-    """Holds a weight as a kernel wants it, which can't be copied or pickled: a copy holds nothing."""
-
-    def __init__(self) -> None:
-        self.tensor: Tensor | None = None
-
-    def __reduce__(self) -> tuple[type[Kept], tuple[()]]:
-        return Kept, ()
-
-
 def is_two_of_four(weight: Tensor) -> bool:
     """Whether of each four neighbours in a row of `weight` [out, in] at most two aren't zero."""
     if weight.dim() != 2 or weight.shape[1] % OF:
@@ -134,7 +125,7 @@ class Sparse24Linear(nn.Module):
         self.shape, self.has_bias = tuple(shape), has_bias
         self.weight = nn.Parameter(torch.zeros(self.shape, dtype=torch.float16))
         self.bias = nn.Parameter(torch.zeros(self.shape[0], dtype=torch.float16)) if has_bias else None
-        self._compressed = Kept()
+        self._compressed = HeldTensor()
 
     def fill(self, weight: Tensor, bias: Tensor | None) -> None:
         """Set the weights, [out, in] and [out], and whether they are trained: as those that are given."""
@@ -142,7 +133,7 @@ class Sparse24Linear(nn.Module):
             return nn.Parameter(tensor.detach().to(torch.float16), tensor.requires_grad)
 
         self.weight, self.bias = half(weight), None if bias is None else half(bias)
-        self._compressed = Kept()
+        self._compressed = HeldTensor()
 
     def forward(self, x: Tensor) -> Tensor:
         """float16 [..., out]."""
@@ -160,11 +151,11 @@ class Sparse24Linear(nn.Module):
         return self._compressed.tensor
 
     def _apply(self, fn: Any, recurse: bool = True) -> Sparse24Linear:
-        self._compressed = Kept()
+        self._compressed = HeldTensor()
         return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._compressed = Kept()
+        self._compressed = HeldTensor()
         super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .cuda import Kept
+from .held import HeldTensor
 from .integer import is_fake
 
 GROUPS = (256, 128, 64, 32)  # inputs that may share a scale in 4 bits
@@ -81,7 +81,7 @@ class CudaInt4Linear(nn.Module):
         self.weight = nn.Parameter(torch.zeros(out, inputs // 2, dtype=torch.uint8), requires_grad=False)
         self.register_buffer("scales", torch.ones(inputs // group, out, 2, dtype=torch.bfloat16))
         self.bias = nn.Parameter(torch.zeros(out), requires_grad=False) if has_bias else None
-        self._packed = Kept()
+        self._packed = HeldTensor()
 
     def fill(self, weight: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None) -> None:
         """Set the weights: integers from -8 to 7, [out, in]; their scales and zero points [out, in / group]; [out]."""
@@ -89,7 +89,7 @@ class CudaInt4Linear(nn.Module):
         self.weight = nn.Parameter(held[:, ::2] << 4 | held[:, 1::2], requires_grad=False)
         self.scales = torch.stack([scale, -zero * scale], -1).transpose(0, 1).to(torch.bfloat16).contiguous()
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
-        self._packed = Kept()
+        self._packed = HeldTensor()
 
     def floats(self) -> Tensor:
         """The weight as float32 [out, in]."""
@@ -117,11 +117,11 @@ class CudaInt4Linear(nn.Module):
         return made
 
     def _apply(self, fn: Any, recurse: bool = True) -> CudaInt4Linear:
-        self._packed = Kept()
+        self._packed = HeldTensor()
         return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._packed = Kept()
+        self._packed = HeldTensor()
         super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:

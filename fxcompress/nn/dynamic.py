@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import quantized_dtypes
+from .held import Held
 from .pairs import fit, saturates
 from .quantizer import groups_of
 from .scheme import Scheme
@@ -57,16 +58,12 @@ class DynamicQuantizer(nn.Module):
         return f"quint{self.scheme.bits}, {'per token' if self.per_token else 'per tensor'}"
 
 
-class _Packed:
-    """Holds packed weights, one of each group, which can't be copied or pickled, and the sums of the weights: a copy
-    holds nothing."""
+class _Packed(Held):
+    """Packed weights, one of each group, and the sums of the weights."""
 
     def __init__(self) -> None:
         self.parts: list[_Part] = []
         self.sums: Tensor | None = None
-
-    def __reduce__(self) -> tuple[type[_Packed], tuple[()]]:
-        return _Packed, ()
 
 
 class DynamicLinear(nn.Module):

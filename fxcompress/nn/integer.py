@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from . import engines
+from .held import Held
 from .pairs import SATURATES, fit, saturates
 
 
@@ -66,16 +67,12 @@ class After:
         return (low if self.activation == "none" else max(low, 0.0)), high
 
 
-class _Packed:
-    """Holds kernels with their packed weights by the shape of what they read. They can't be copied or pickled: a copy
-    holds nothing."""
+class _Packed(Held):
+    """Kernels with their packed weights, by the shape of what they read."""
 
     def __init__(self) -> None:
         self.kernels: dict[torch.Size, engines.Kernel] = {}
         self.exact: bool | None = None
-
-    def __reduce__(self) -> tuple[type[_Packed], tuple[()]]:
-        return _Packed, ()
 
 
 class Product(nn.Module):

@@ -10,21 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .held import HeldTensor
 from .integer import is_fake
 from .post_ops import FUNCTIONS
 
 _M = torch.ops.mkldnn
 FEW_PRODUCTS = 1e6  # below which torch's own convolution takes less than oneDNN's overhead of each call
-
-
-class _Packed:
-    """Filters packed for the first input seen, which can't be copied or pickled: a copy holds nothing."""
-
-    def __init__(self) -> None:
-        self.weight: Tensor | None = None
-
-    def __reduce__(self) -> tuple[type[_Packed], tuple[()]]:
-        return _Packed, ()
 
 
 class PackedConv2d(nn.Module):
@@ -47,13 +38,13 @@ class PackedConv2d(nn.Module):
         self.activation, self.numbers = activation, tuple(numbers)
         self.weight = nn.Parameter(torch.zeros(self.shape), requires_grad=False)
         self.bias = nn.Parameter(torch.zeros(self.shape[0]), requires_grad=False) if has_bias else None
-        self._packed = _Packed()
+        self._packed = HeldTensor()  # filters packed for the first input seen
 
     def fill(self, weight: Tensor, bias: Tensor | None) -> None:
         """Set the filters and the bias."""
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self._packed = _Packed()
+        self._packed = HeldTensor()
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """The convolution of `x`, float32 [N, out, H', W']; with `adds`, `other` is added to it."""
@@ -61,15 +52,15 @@ class PackedConv2d(nn.Module):
             return self._plain(x, other)
         x = x.contiguous(memory_format=torch.channels_last)
         settings = (self.padding, self.stride, self.dilation, self.groups)
-        if self._packed.weight is None:
-            self._packed.weight = _M._reorder_convolution_weight(self.weight, *settings, x.shape)
+        if self._packed.tensor is None:
+            self._packed.tensor = _M._reorder_convolution_weight(self.weight, *settings, x.shape)
         last = (self.activation, list(self.numbers), "")
         found: Tensor
         if other is None:
-            found = _M._convolution_pointwise(x, self._packed.weight, self.bias, *settings, *last)
+            found = _M._convolution_pointwise(x, self._packed.tensor, self.bias, *settings, *last)
         else:
             found = _M._convolution_pointwise.binary(
-                x, other.contiguous(memory_format=torch.channels_last), self._packed.weight, self.bias, *settings,
+                x, other.contiguous(memory_format=torch.channels_last), self._packed.tensor, self.bias, *settings,
                 "add", 1.0, *(last if self.activation != "none" else (None, [], None)))
         return found
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .held import HeldTensor
 from .quantizer import groups_of, in_groups
 
 PACKED_BITS = 4  # integers up to this many bits lie two in a byte
@@ -31,16 +32,6 @@ def unpack(packed: Tensor, count: int) -> Tensor:
     """The integers [out, `count`] of `pack`, as int8."""
     pairs = torch.stack([packed & 15, packed >> 4], -1).flatten(1)[:, :count].to(torch.int8)
     return torch.where(pairs > 7, pairs - 16, pairs)
-
-
-class _Expanded:
-    """Holds a weight as floats; a copy of it holds nothing, and it isn't saved."""
-
-    def __init__(self) -> None:
-        self.tensor: Tensor | None = None
-
-    def __reduce__(self) -> tuple[type[_Expanded], tuple[()]]:
-        return _Expanded, ()
 
 
 class _WeightOnly(nn.Module):
@@ -65,7 +56,7 @@ class _WeightOnly(nn.Module):
         self.bias = nn.Parameter(torch.zeros(rows), requires_grad=False) if has_bias else None
         self.register_buffer("weight_scale", torch.ones(rows, groups))
         self.register_buffer("weight_zero", None if symmetric else torch.zeros(rows, groups, dtype=torch.int8))
-        self._expanded = _Expanded()
+        self._expanded = HeldTensor()
 
     def fill(self, integers: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None) -> None:
         """Set the weights: integers of `shape` in `bits` bits, float [out, groups], integers [out, groups], float
@@ -74,7 +65,7 @@ class _WeightOnly(nn.Module):
         held = pack(rows) if self.bits <= PACKED_BITS else rows.to(torch.int8)
         self.weight = nn.Parameter(held, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.weight_scale, self._expanded = scale, _Expanded()
+        self.weight_scale, self._expanded = scale, HeldTensor()
         self.weight_zero = None if self.symmetric else zero.to(torch.int8)
 
     def integers(self) -> Tensor:
