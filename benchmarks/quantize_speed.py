@@ -192,8 +192,9 @@ def _how(rows: Sequence[Row], pairs: Mapping[Pair, Mapping[str, Row]]) -> str:
             "`MALLOC_MMAP_MAX_=0`), huge ones (`glibc.malloc.hugetlb=1`), for all. Activations of PyTorch's and "
             "weights of ONNX Runtime have 7 bits, which no CPU saturates; ours fit in pairs where 8 would. torch.ao: "
             "the faster of its engines x86 and onednn; PT2E: with or without the C++ wrapper; int8 of ONNX Runtime and "
-            "ours: static or, for transformers, dynamic; ours are loaded from where they were saved, but for what is "
-            "compiled. Outputs were compared with fp32 eager's: norm of the difference at most "
+            "ours: static or, for transformers, dynamic; ours round attention too, as NNCF does for OpenVINO, which "
+            "GraphModules compute in floats; ours are loaded from where they were saved, but for what is compiled. "
+            "Outputs were compared with fp32 eager's: norm of the difference at most "
             f"{max(drifts, default=0.0):.0%}, or shown.{several}")
 
 
