@@ -20,6 +20,7 @@ import compensate
 import distill_step
 import quantize_accuracy
 import quantize_and_remove
+import quantize_calibrate
 import quantize_digits
 import quantize_equalize
 import quantize_export
@@ -48,6 +49,7 @@ TABLES: Mapping[str, tuple[Path, Callable[[list[dict[str, Any]]], str]]] = {
     "quantize-speed": (quantize_speed.RESULTS, quantize_speed.table),
     "quantize-remove": (quantize_and_remove.RESULTS, quantize_and_remove.table),
     "quantize-accuracy": (quantize_accuracy.RESULTS, quantize_accuracy.table),
+    "quantize-calibrate": (quantize_calibrate.RESULTS, quantize_calibrate.table),
     "quantize-equalize": (quantize_equalize.RESULTS, quantize_equalize.table),
     "quantize-export": (quantize_export.RESULTS, quantize_export.table),
     "quantize-digits": (quantize_digits.RESULTS, quantize_digits.table),

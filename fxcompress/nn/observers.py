@@ -189,32 +189,33 @@ class Kl(HistogramObserver):
     def range(self, scheme: Scheme) -> tuple[Tensor, Tensor]:
         """The best (low, high) of each row."""
         factors = _shares(self.low.device)
-        best = torch.stack([factors[torch.stack([self._divergence(row, scheme, float(factor))
-                                                 for factor in factors]).argmin()] for row in range(len(self.low))])
+        few = max(1, _ELEMENTS // self.counts.numel())
+        tried = [self._divergences(scheme, part[:, None] * self.low, part[:, None] * self.high)
+                 for part in torch.split(factors, few)]
+        best = factors[torch.cat(tried).argmin(0)]
         return self.low * best, self.high * best
 
-    def _divergence(self, row: int, scheme: Scheme, factor: float) -> Tensor:
-        """KL(P‖Q): P has what lies outside in its end bins; Q spreads what falls on one integer over the bins of that
-        integer that aren't empty."""
-        low, high = self.low[row] * factor, self.high[row] * factor
-        centers, counts = self.centers[row], self.counts[row].double()
-        inside = (centers >= low) & (centers <= high)
-        if not inside.any():
-            return torch.tensor(float("inf"), dtype=torch.float64, device=centers.device)
-        scale, zero = scheme.parameters(low, high)
-        clipped = counts[inside].clone()
-        clipped[0] += counts[centers < low].sum()
-        clipped[-1] += counts[centers > high].sum()
-        integers = ((centers[inside] / scale).round() + zero).clamp(scheme.low, scheme.high).long() - scheme.low
-        held = counts[inside]
+    def _divergences(self, scheme: Scheme, low: Tensor, high: Tensor) -> Tensor:
+        """KL(P‖Q) of several ranges, [tries, rows] as `low` and `high` are: P has what lies outside in its end bins; Q
+        spreads what falls on one integer over the bins of that integer that aren't empty."""
+        centers, counts = self.centers, self.counts.double()
+        scale, zero = (part[..., None] for part in scheme.parameters(low, high))
+        below, above = centers < low[..., None], centers > high[..., None]
+        inside = ~(below | above)
+        held = counts * inside
+        clipped = held.clone()
+        for outside, end in ((below, inside.byte().argmax(-1, keepdim=True)),
+                             (above, BINS - 1 - inside.flip(-1).byte().argmax(-1, keepdim=True))):
+            clipped.scatter_add_(-1, end, (counts * outside).sum(-1, keepdim=True))
+        integers = ((centers / scale).round() + zero).clamp(scheme.low, scheme.high).long() - scheme.low
         filled = (clipped > 0).double()
-        mass = torch.zeros(scheme.steps + 1, dtype=torch.float64, device=centers.device)
-        share = torch.zeros_like(mass).index_add_(0, integers, filled)
-        mass = mass.index_add_(0, integers, held) / share.clamp(min=1)
-        p, q = clipped / clipped.sum(), mass[integers] * filled
-        q = q / q.sum().clamp(min=torch.finfo(torch.float64).tiny)
-        seen = p > 0
-        return (p[seen] * (p[seen] / q[seen].clamp(min=1e-12)).log()).sum()
+        mass = held.new_zeros(*low.shape, scheme.steps + 1)
+        share = mass.scatter_add(-1, integers, filled)
+        mass = mass.scatter_add(-1, integers, held) / share.clamp(min=1)
+        p, q = clipped / clipped.sum(-1, keepdim=True), mass.gather(-1, integers) * filled
+        q = q / q.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+        found = torch.where(p > 0, p * (p / q.clamp(min=1e-12)).log(), 0.0).sum(-1)
+        return torch.where(inside.any(-1), found, torch.inf)
 
 
 def _shares(device: torch.device) -> Tensor:
