@@ -35,7 +35,8 @@ class Quantize(Pass):
     """Compute the selected layers in integers: batch norms are folded, activations fused, and what layers read and give
     is rounded to a grid that calibration, training or the values themselves find; `finalize` replaces them by integer
     kernels. Of `multihead_attention` the projections are quantized, as linear layers: select
-    `linear | multihead_attention` for all of a transformer."""
+    `linear | multihead_attention` for all of a transformer. `attention` adds the products of queries, keys and
+    values."""
 
     verb: ClassVar[str] = "quantize"
     facet: ClassVar[Facet] = Facet.NUMERIC
