@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from .. import nn as layers
 from ..graph.ops import kind_of
-from ..nn.attention import RoundedAttention, masked
+from ..nn.attention import RoundedAttention, attend
 from ..nn.integer import After, Grid, IntConv2d, IntLinear
 from ..nn.moving import IntAdaptiveMean, Interleave, IntMaxPool2d, IntMean, ToFloat, ToInteger
 from ..nn.post_ops import FUNCTIONS
@@ -257,9 +257,7 @@ class Attention(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         """float32 [..., L, V]."""
-        products = torch.matmul(self.query(query), self.key(key).transpose(-2, -1)) * self.scale
-        weights = torch.softmax(masked(products, mask, self.causal), dim=-1)
-        return torch.matmul(self.weights(weights), self.value(value))
+        return attend(self.query(query), self.key(key), self.value(value), mask, self.scale, self.causal, self.weights)
 
 
 class MaxPool2d(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import ClassVar
 
@@ -38,16 +38,22 @@ class RoundedAttention(nn.Module):
         attends or added to the products: [..., L, V]."""
         if not self.rounds:
             return F.scaled_dot_product_attention(query, key, value, mask, is_causal=self.causal, scale=self.scale)
-        products = torch.matmul(_rounded(query, self.query), _rounded(key, self.key).transpose(-2, -1)) * self.scale
-        weights = torch.softmax(masked(products, mask, self.causal), dim=-1)
-        return torch.matmul(_rounded(weights, self.weights), _rounded(value, self.value))
+        return attend(_rounded(query, self.query), _rounded(key, self.key), _rounded(value, self.value), mask,
+                      self.scale, self.causal, lambda weights: _rounded(weights, self.weights))
 
     def extra_repr(self) -> str:
         """The scale, and whether it is causal."""
         return f"scale={self.scale:.4g}" + (", causal" if self.causal else "")
 
 
-def masked(products: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, causal: bool,
+           rounded: Callable[[Tensor], Tensor]) -> Tensor:
+    """The formula written out, `rounded` applied to the weights of the softmax."""
+    products = torch.matmul(query, key.transpose(-2, -1)) * scale
+    return torch.matmul(rounded(torch.softmax(_masked(products, mask, causal), dim=-1)), value)
+
+
+def _masked(products: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     """The products [..., L, S] of queries and keys with the least float32 where a query doesn't attend."""
     least = torch.finfo(torch.float32).min
     if causal:
