@@ -20,12 +20,12 @@ import torch
 import fxcompress
 
 sys.path.insert(0, str(Path(__file__).parent))
-from quantize_accuracy import asked
+from quantize_accuracy import each_way
 from quantize_models import Job
-from tables import Row, markdown, read, write
+from tables import Row, markdown
 
 RESULTS = Path(__file__).parent / "results/quantize_calibrate.csv"
-COLUMNS = ("observer", "ratio", "low", "high", "forward_s", "calibrate_s")
+COLUMNS = ("way", "ratio", "low", "high", "forward_s", "calibrate_s")
 OBSERVERS = ("minmax", "moving_average", "percentile(99.9%)", "histogram", "mse", "kl")
 BATCHES, IMAGES, ROUNDS = 8, 8, 3
 
@@ -58,7 +58,7 @@ def measure(observer: str) -> Row:
     calibrate()
     pairs = [(seconds(forward), seconds(calibrate)) for _ in range(ROUNDS)]
     low, middle, high = statistics.quantiles([mine / theirs for theirs, mine in pairs], n=4, method="inclusive")
-    return {"observer": observer, "ratio": middle, "low": low, "high": high,
+    return {"way": observer, "ratio": middle, "low": low, "high": high,
             "forward_s": statistics.median(theirs for theirs, _ in pairs),
             "calibrate_s": statistics.median(mine for _, mine in pairs)}
 
@@ -66,19 +66,12 @@ def measure(observer: str) -> Row:
 def table(rows: list[Row]) -> str:
     """The Markdown table."""
     return markdown(("observer", "calibrating over forward", "quartiles", "forward, s", "calibrating, s"), [
-        (f"`{row['observer']}`", f"{float(row['ratio']):.2f}", f"{float(row['low']):.2f} to {float(row['high']):.2f}",
+        (f"`{row['way']}`", f"{float(row['ratio']):.2f}", f"{float(row['low']):.2f} to {float(row['high']):.2f}",
          f"{float(row['forward_s']):.2f}", f"{float(row['calibrate_s']):.2f}") for row in rows])
 
 
 def main() -> None:
-    args = asked(__doc__.splitlines()[0], dict.fromkeys(OBSERVERS), RESULTS)
-    if not args.show:
-        torch.set_num_threads(1)
-        rows = {row["observer"]: row for row in read(args.out)}
-        for observer in args.only:
-            rows[observer] = measure(observer)
-            write(args.out, [rows[name] for name in OBSERVERS if name in rows], COLUMNS)
-    print(table(read(args.out)))
+    each_way(__doc__.splitlines()[0], OBSERVERS, RESULTS, COLUMNS, lambda: measure, table)
 
 
 if __name__ == "__main__":

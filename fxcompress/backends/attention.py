@@ -55,4 +55,4 @@ def _replace(found: Attention, made: fx.Node) -> None:
 def _grid(node: fx.Node) -> Grid:
     quantizer = module_of(node)
     assert isinstance(quantizer, Quantizer)
-    return Grid(float(quantizer.scale), int(quantizer.zero_point), quantizer.scheme.low, quantizer.scheme.high)
+    return Grid.of(quantizer)

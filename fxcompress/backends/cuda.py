@@ -261,7 +261,7 @@ def _grids(node: object) -> set[Grid | None]:
         seen.add(at)
         module = module_of(at) if isinstance(at, fx.Node) and at.op == "call_module" else None
         if isinstance(module, Quantizer) and module.axis is None and module.on:
-            found.add(Grid(float(module.scale), int(module.zero_point), module.scheme.low, module.scheme.high))
+            found.add(Grid.of(module))
         elif isinstance(at, fx.Node) and role_of(at) in ("passes", "joins") and data_of(at):
             stack += data_of(at)
         else:

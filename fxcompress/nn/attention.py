@@ -23,7 +23,6 @@ class RoundedAttention(nn.Module):
     """
 
     fxc_kind: ClassVar[str] = "rounded_attention"
-    engine: ClassVar[str] = "floats"
     why: ClassVar[str] = "torch has no product of two tensors of integers for the CPU; files hold these in integers"
 
     def __init__(self, query: Grid, key: Grid, value: Grid, weights: Grid, scale: float, causal: bool) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from . import engines
 from .held import Held
 from .pairs import SATURATES, fit, saturates
+
+if TYPE_CHECKING:
+    from .quantizer import Quantizer
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,11 @@ class Grid:
     zero_point: int
     low: int = 0
     high: int = 255
+
+    @classmethod
+    def of(cls, quantizer: Quantizer) -> Grid:
+        """That of a quantizer with one scale."""
+        return cls(float(quantizer.scale), int(quantizer.zero_point), quantizer.scheme.low, quantizer.scheme.high)
 
     @property
     def floats(self) -> tuple[float, float]:

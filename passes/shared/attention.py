@@ -26,15 +26,15 @@ PARTS = ("query", "key", "value", "weights")  # what is rounded
 RESULT = "_result"  # the end of the name of the second product
 _LEAST = torch.finfo(torch.float32).min  # a product that is masked: no row of a softmax is without a number
 _CARRIES = ("shape", "index")  # families of operators that give what they read
+_BETWEEN = ("transpose", "dropout")  # what may stand between a quantizer and the product that reads it
 
 
 @dataclass(frozen=True)
 class Attention:
-    """A written-out attention: the calls of its quantizers by their part, the first product, `end`, which gives what
+    """A written-out attention: the calls of its quantizers by their part; `end`, the second product, which gives what
     attention gives; the mask as `scaled_dot_product_attention` takes it."""
 
     rounded: dict[str, fx.Node]
-    scores: fx.Node
     end: fx.Node
     mask: fx.Node | None
     causal: bool
@@ -166,13 +166,13 @@ def attentions(captured: Captured) -> Iterator[Attention]:
 def multiplies_values(node: fx.Node) -> bool:
     """Whether `node` is a product of two rounded values."""
     return kind_of(node) == "matmul" and all(
-        _rounded(_behind(arguments(node)[side], "transpose", "dropout")) for side in ("input", "other"))
+        _rounded(_behind(arguments(node)[side], *_BETWEEN)) for side in ("input", "other"))
 
 
 def attends(quantizer: fx.Node) -> bool:
     """Whether a product of two rounded values reads what `quantizer` gives."""
     users = [user for node in quantizer.users for user in (
-        node.users if kind_of(node) in ("transpose", "dropout") else (node,))]
+        node.users if kind_of(node) in _BETWEEN else (node,))]
     return any(multiplies_values(user) for user in users)
 
 
@@ -191,7 +191,7 @@ def attention_at(end: fx.Node) -> Attention | None:
     if not all(_rounded(node) for node in rounded.values()):
         return None
     scale = arguments(scaled)["other"] if scaled is not None else None
-    return Attention(rounded, scores, end, mask, causal, scale) if isinstance(scale, float) else None
+    return Attention(rounded, end, mask, causal, scale) if isinstance(scale, float) else None
 
 
 def _unmasked(scores: fx.Node | None) -> tuple[fx.Node | None, fx.Node | None, bool]:

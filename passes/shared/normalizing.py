@@ -24,6 +24,7 @@ from fxcompress.passes.shared.weights import expose, of_parameters, unexposable
 
 if TYPE_CHECKING:
     from fxcompress.passbase import Pass
+    from fxcompress.passes.quantize import Quantize
 
 ATTENTION, ADDMM = "multihead_attention", "addmm"
 SHOWN = 4  # names in a line of a report
@@ -58,7 +59,7 @@ def few(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + more
 
 
-def normalize(settings: Pass, captured: Captured, site: Site) -> Normal:
+def normalize(settings: Quantize, captured: Captured, site: Site) -> Normal:
     """Bring what is selected into the normal form, in place; facts are up to date afterwards.
 
     `nn.MultiheadAttention` becomes its projections and `scaled_dot_product_attention`, `addmm` on parameters a linear
@@ -66,7 +67,7 @@ def normalize(settings: Pass, captured: Captured, site: Site) -> Normal:
     that is the same.
     """
     normal, there = Normal(), set(captured.graph.nodes)
-    nodes = list(_written_out(captured, site.nodes, normal, getattr(settings, "attention", False)))
+    nodes = list(_written_out(captured, site.nodes, normal, settings.attention))
     captured.refresh()
     _mark(settings, captured, site, there, "written as linear layers")
     there = set(captured.graph.nodes)
