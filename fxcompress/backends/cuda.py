@@ -199,7 +199,7 @@ class Weights:
         """Rounded as `quantizer` does it."""
         out, inputs, scheme = weight.shape[0], weight.shape[1], quantizer.scheme
         rows, scale, zero = quantizer.in_rows(weight), quantizer.scale[:, None], quantizer.zero_point[:, None]
-        integers = quantize(rows, scale, zero, scheme.low, scheme.high).reshape(out, -1)[:, :inputs].to(torch.int8)
+        integers = quantize(rows, scale, zero, scheme.low, scheme.high, torch.int8).reshape(out, -1)[:, :inputs]
         each = out if quantizer.rows > 1 else 1
         scales, zeros = (tensor.reshape(each, -1).expand(out, -1) for tensor in (quantizer.scale, quantizer.zero_point))
         return cls(integers, scales, zeros, rows.shape[1] if scales.shape[1] > 1 else inputs, scheme.bits)

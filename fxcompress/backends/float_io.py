@@ -32,13 +32,14 @@ def rounded(captured: Captured, node: fx.Node, quantizer: WeightQuantizer) -> tu
         low, high = quantizer.scheme.low, quantizer.scheme.high
         if quantizer.group:
             scale, zero = scale.reshape(len(weight), -1), zero.reshape(len(weight), -1)
-            integers = quantize(in_groups(weight, quantizer.group), scale[..., None], zero[..., None], low, high)
+            integers = quantize(in_groups(weight, quantizer.group), scale[..., None], zero[..., None], low, high,
+                                torch.int8)
             integers = integers.flatten(1)[:, : weight[0].numel()].reshape(weight.shape)
         else:
             scale, zero = (part.expand(len(weight))[:, None] for part in (scale, zero))
             shape = (-1, *[1] * (weight.dim() - 1))
-            integers = quantize(weight, scale.reshape(shape), zero.reshape(shape), low, high)
-        return integers.to(torch.int8), scale.clone(), zero.to(torch.int8)
+            integers = quantize(weight, scale.reshape(shape), zero.reshape(shape), low, high, torch.int8)
+        return integers, scale.clone(), zero.to(torch.int8)
 
 
 def bias_of(captured: Captured, node: fx.Node) -> Tensor | None:

@@ -230,7 +230,7 @@ def _kernel(captured: Captured, node: fx.Node, reads: Grid, after: After) -> Int
         weight = evaluated(captured.module, values["weight"].args[0])
         shape = (-1, *[1] * (weight.dim() - 1))
         integers = quantize(weight, quantizer.scale.reshape(shape), quantizer.zero_point.reshape(shape),
-                            quantizer.scheme.low, quantizer.scheme.high).to(torch.int8)
+                            quantizer.scheme.low, quantizer.scheme.high, torch.int8)
         scales = quantizer.scale.expand(weight.shape[0]).clone()
         offset = evaluated(captured.module, bias).detach().clone() if isinstance(bias, fx.Node) else None
     made: IntConv2d | IntLinear

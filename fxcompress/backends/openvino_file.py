@@ -48,7 +48,7 @@ def convert(source: Path, path: str | os.PathLike[str]) -> None:
 
 
 def _without_zeros(source: Path, folder: Path) -> Path:
-    """The ONNX file with no zero points that are zeros all through; written to `folder`."""
+    """The ONNX file with no zero points that are zeros all through: itself, or another one in `folder`."""
     import onnx
     from onnx import numpy_helper
 
@@ -56,9 +56,12 @@ def _without_zeros(source: Path, folder: Path) -> Path:
     zeros = {value.name for value in model.graph.initializer
              if value.data_type in (onnx.TensorProto.INT8, onnx.TensorProto.INT32) and len(value.dims) == 1
              and not numpy_helper.to_array(value).any()}
-    for node in model.graph.node:
-        if node.op_type == "DequantizeLinear" and len(node.input) > _ZERO_POINT and node.input[_ZERO_POINT] in zeros:
-            del node.input[_ZERO_POINT:]
+    held = [node for node in model.graph.node if node.op_type == "DequantizeLinear" and len(node.input) > _ZERO_POINT
+            and node.input[_ZERO_POINT] in zeros]
+    if not held:
+        return source
+    for node in held:
+        del node.input[_ZERO_POINT:]
     made = folder / source.name
     size = sum(len(value.raw_data) for value in model.graph.initializer)
     onnx.save(model, os.fspath(made), save_as_external_data=size > LARGE)

@@ -30,6 +30,7 @@ from .quantization_rows import FLOAT, Error, Histogram, LayerRow, Quantization, 
 
 SAMPLES = 16  # of the calibration data that are measured on: whole batches, until there are as many
 ROUNDS = 5  # of timing, of which the median counts; one more before them warms up
+_PART = 2**22  # numbers summed in float64 at a time
 WORST, BINS = 6, 128  # layers whose histograms are kept; bins of each
 
 
@@ -118,14 +119,14 @@ class _Sum:
     def add(self, exact: Tensor, found: Tensor, quantizer: nn.Module | None = None) -> None:
         """Take in numbers, and what stands in their place; with `quantizer` also what that clips, and the extremes."""
         exact, found = exact.detach(), found.detach()
-        finite = exact.isfinite()
-        if not bool(finite.all()):
+        finite = None if _all_finite(exact) else exact.isfinite()
+        if finite is not None:
             exact, found = torch.where(finite, exact, 0), torch.where(finite, found, 0)
-        found = found.nan_to_num(torch.finfo(found.dtype).max)
+        found = found if _all_finite(found) else found.nan_to_num(torch.finfo(found.dtype).max)
         self.signal += _square(exact)
         self.noise += _square(exact - found)
         if quantizer is not None and exact.numel():
-            self.count += int(finite.sum())
+            self.count += exact.numel() if finite is None else int(finite.sum())
             self.clipped += int(clipped(quantizer, exact).sum()) if isinstance(quantizer, Quantizer) else 0
             low, high = exact.aminmax()
             self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
@@ -135,8 +136,14 @@ class _Sum:
         return Error(self.signal, self.noise)
 
 
+def _all_finite(x: Tensor) -> bool:
+    """Without a tensor of answers: weights may take up half of the memory."""
+    return not x.numel() or all(bool(end.isfinite()) for end in x.aminmax())
+
+
 def _square(x: Tensor) -> float:
-    return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
+    parts = torch.split(x.flatten(), _PART)
+    return math.fsum(float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2 for part in parts)
 
 
 def steps_of(quantizer: Quantizer, x: Tensor) -> Tensor:
@@ -146,7 +153,7 @@ def steps_of(quantizer: Quantizer, x: Tensor) -> Tensor:
 
 def clipped(quantizer: Quantizer, x: Tensor) -> Tensor:
     """Which numbers of `x` round to no integer of the scheme, but beyond: booleans, [rows, n]."""
-    integers = (quantizer.in_rows(x) * (1.0 / quantizer.scale[:, None])).round_() + quantizer.zero_point[:, None]
+    integers = (quantizer.in_rows(x) * (1.0 / quantizer.scale[:, None])).round_().add_(quantizer.zero_point[:, None])
     return (integers < quantizer.scheme.low) | (integers > quantizer.scheme.high)
 
 

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+_EXACT = 2**24  # up to which float32 holds every integer
 IntName = Literal["quint8", "qint8", "qint32"]
 
 
@@ -56,7 +57,7 @@ def quantize_tensor(x: Tensor, scale: Tensor | float, zero_point: Tensor | int, 
         raise ValueError(f"the zero point must lie between {kind.low} and {kind.high}")
     if x.isnan().any():
         raise ValueError("a NaN has no integer")
-    return quantize(x, scale, zero_point, kind.low, kind.high).to(kind.storage)
+    return quantize(x, scale, zero_point, kind.low, kind.high, kind.storage)
 
 
 def dequantize(q: Tensor, scale: Tensor | float, zero_point: Tensor | int, axis: int | None = None) -> Tensor:
@@ -68,11 +69,14 @@ def dequantize(q: Tensor, scale: Tensor | float, zero_point: Tensor | int, axis:
     return (q.to(torch.int64) - zero_point).to(torch.float32) * scale
 
 
-def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
-    """The same without checks, for any range of integers up to 32 bits: parameters broadcast against `x`; the result is
-    int64. The reciprocal of the scale is taken first and in float32, as torch's kernels do; it decides halves."""
-    shifted = (x.to(torch.float32) * (1.0 / scale)).round() + zero_point.to(torch.float32)
-    return shifted.to(torch.float64).clamp_(low, high).to(torch.int64)  # float32 doesn't hold the ends of int32
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int,
+             storage: torch.dtype = torch.int64) -> Tensor:
+    """The same without checks, for any range of integers up to 32 bits: parameters broadcast against `x`. The
+    reciprocal of the scale is taken first and in float32, as torch's kernels do; it decides halves."""
+    shifted = (x.detach().to(torch.float32) * (1.0 / scale)).round_().add_(zero_point.to(torch.float32))
+    if max(-low, high) > _EXACT:
+        shifted = shifted.to(torch.float64)
+    return shifted.clamp_(low, high).to(storage)
 
 
 def _parameters(x: Tensor, scale: Tensor | float, zero_point: Tensor | int,
