@@ -30,6 +30,9 @@ ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": "1000000000000", "MALLOC_MMAP_MAX_": "0",
              "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 ENVIRONMENT = {**ALLOCATOR, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1",
                "TORCHINDUCTOR_CACHE_DIR": str(OUT / "inductor")}
+# What keeps oneDNN, FBGEMM, MKL, ATen and Inductor to the instructions of a CPU with AVX2 and without VNNI.
+TOLD = {"ONEDNN_MAX_CPU_ISA": "AVX2", "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "ATEN_CPU_CAPABILITY": "avx2"}
 MADE_FIRST = ("ours_auto", "ours_removed_auto")  # what takes too much memory to be made beside all others
 ANSWER = 300  # seconds that an order may take
 
@@ -91,7 +94,9 @@ class Worker:
 
 def instructions() -> str:
     """The widest vectors of this CPU, whether it sums products of bytes without saturating (VNNI), and whether it
-    multiplies tiles of bytes (AMX)."""
+    multiplies tiles of bytes (AMX): as libraries are told, if they are."""
+    if TOLD.items() <= os.environ.items():
+        return "AVX2 without VNNI, told"
     flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("flags")[2].partition("\n")[0].split()
     return ("AVX-512" if "avx512f" in flags else "AVX2") + (
         " with VNNI" if {"avx512_vnni", "avx_vnni"} & set(flags) else " without VNNI") + (

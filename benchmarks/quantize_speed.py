@@ -2,6 +2,7 @@
 
     python benchmarks/quantize_speed.py --peers [--models resnet18 vgg11] [--batches 1 16] [--resume]
     python benchmarks/quantize_speed.py --only ours_int8 ort_int8     # these alone, beside eager PyTorch and our fp32
+    python benchmarks/quantize_speed.py --peers --without-vnni        # as on a CPU without VNNI instructions
     python benchmarks/quantize_speed.py --show                        # the tables of the CSV, without running anything
 
 Each contestant has its own process, all are prepared before any is timed, and each is timed once a round, on the same
@@ -14,6 +15,7 @@ Packages: `pip install -e ".[bench,peers]"`. What is converted is kept in out/qu
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import time
@@ -22,10 +24,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 from quantize_models import MODELS, TRANSFORMERS
-from quantize_process import Measured, Rounds, instructions, measure, options
+from quantize_process import TOLD, Measured, Rounds, instructions, measure, options
 from tables import Row, markdown, number, read, write
 
 RESULTS = Path(__file__).parent / "results/quantize_speed.csv"
+WITHOUT_VNNI = RESULTS.with_name("quantize_speed_without_vnni.csv")
 COLUMNS = ("model", "batch", "contestant", "rounds", "ms", "speed", "low", "high", "over_fp32", "drift", "prepare_s",
            "memory_mib", "detail", "cpu", "run", "error")
 BASE, FLOAT = "eager", "ours_fp32"
@@ -33,6 +36,7 @@ OURS = ("eager", "ours_fp32", "ours_fp32_compiled", "ours_int8", "ours_int8_comp
         "ours_dynamic_compiled", "ours_auto")
 PEERS = ("inductor", "ao_x86", "ao_onednn", "pt2e", "pt2e_cpp", "ort_fp32", "ort_int8", "ort_dynamic", "ov_fp32",
          "ov_int8")
+CANT_BE_TOLD = ("ours_auto", "ort_fp32", "ort_int8", "ort_dynamic", "ov_fp32", "ov_int8")  # to do without VNNI
 TRANSFORMERS_ONLY = ("ort_dynamic", "ours_dynamic", "ours_dynamic_compiled")
 GARBAGE = 0.5  # drift beyond which an output says nothing of what fp32 says
 # Column of the table -> the contestants of which it shows the fastest.
@@ -45,10 +49,11 @@ SHOWN: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def contestants(model: str, peers: bool, only: Sequence[str]) -> list[str]:
+def contestants(model: str, peers: bool, only: Sequence[str], without_vnni: bool = False) -> list[str]:
     """Those that a model is timed with: always the two that others are measured by."""
     wanted = [BASE, FLOAT, *only] if only else [*OURS, *(PEERS if peers else ())]
-    return [name for name in dict.fromkeys(wanted) if name not in TRANSFORMERS_ONLY or model in TRANSFORMERS]
+    return [name for name in dict.fromkeys(wanted) if (name not in TRANSFORMERS_ONLY or model in TRANSFORMERS)
+            and not (without_vnni and name in CANT_BE_TOLD)]
 
 
 def ratios(base: Sequence[float], times: Sequence[float]) -> tuple[float, float, float]:
@@ -142,6 +147,17 @@ def table(rows: list[Row]) -> str:
     return "\n\n".join([*parts, *(["Failed:\n\n" + "\n".join(failed)] if failed else []), _how(rows, pairs)])
 
 
+def table_without_vnni(rows: list[Row]) -> str:
+    """Markdown: speed over fp32 eager of what can be told to do without VNNI, and what that means."""
+    pairs = by_pair(rows)
+    shown = {head: names for head, names in SHOWN.items() if any(row["contestant"] in names for row in rows)}
+    return "\n\n".join([_grid(pairs, shown, "speed"), (
+        "Speed over fp32 eager. oneDNN, FBGEMM, MKL, ATen and Inductor were told to take this for a CPU with AVX2 and "
+        "no more (`ONEDNN_MAX_CPU_ISA` and its like), so that byte products saturate as they do there; ONNX Runtime "
+        "and OpenVINO, and with them `auto`, can't be told. A real CPU of that kind has other clocks and caches. "
+        f"{_spread(rows)}.")])
+
+
 def _grid(pairs: Mapping[Pair, Mapping[str, Row]], shown: Mapping[str, tuple[str, ...]], key: str) -> str:
     """A line for each model and batch, its fastest in bold; then geometric means over the lines where all of a
     column's are there, and over those that every column has."""
@@ -172,10 +188,6 @@ def _cell(row: Row | None, key: str, top: float, tried: bool) -> str:
 
 
 def _how(rows: Sequence[Row], pairs: Mapping[Pair, Mapping[str, Row]]) -> str:
-    counts = sorted({int(row["rounds"]) for row in rows if number(row, "rounds") is not None})
-    spread = [float(row["high"]) / float(row["low"]) - 1 for row in rows if number(row, "low") is not None
-              and row["contestant"] != BASE]
-    apart = statistics.median(spread) if spread else 0.0
     mixed = [f"{model} at batch {batch}" for (model, batch), mine in pairs.items()
              if len({row["run"] for row in mine.values()}) > 1]
     several = f" Not all of one run: {', '.join(mixed)}." if mixed else ""
@@ -186,8 +198,7 @@ def _how(rows: Sequence[Row], pairs: Mapping[Pair, Mapping[str, Row]]) -> str:
             f"{model} at batch {batch}")
     most = max(by_cpu, key=lambda cpu: len(by_cpu[cpu]), default="")
     cpus = "; ".join([most, *(f"but {cpu} for {', '.join(names)}" for cpu, names in by_cpu.items() if cpu != most)])
-    return (f"Medians of paired ratios, {counts[0] if counts else 0} to {counts[-1] if counts else 0} rounds; the "
-            f"quartiles of a ratio lie {apart:.0%} apart in the median. One pinned core ({cpus}), one thread, 224 x "
+    return (f"{_spread(rows)}. One pinned core ({cpus}), one thread, 224 x "
             "224, MiniLM 128 tokens; glibc's allocator keeps its pages (`MALLOC_TRIM_THRESHOLD_`, "
             "`MALLOC_MMAP_MAX_=0`), huge ones (`glibc.malloc.hugetlb=1`), for all. Activations of PyTorch's and "
             "weights of ONNX Runtime have 7 bits, which no CPU saturates; ours fit in pairs where 8 would. torch.ao: "
@@ -198,6 +209,15 @@ def _how(rows: Sequence[Row], pairs: Mapping[Pair, Mapping[str, Row]]) -> str:
             f"{max(drifts, default=0.0):.0%}, or shown.{several}")
 
 
+def _spread(rows: Sequence[Row]) -> str:
+    counts = sorted({int(row["rounds"]) for row in rows if number(row, "rounds") is not None})
+    spread = [float(row["high"]) / float(row["low"]) - 1 for row in rows if number(row, "low") is not None
+              and row["contestant"] != BASE]
+    apart = statistics.median(spread) if spread else 0.0
+    return (f"Medians of paired ratios, {counts[0] if counts else 0} to {counts[-1] if counts else 0} rounds; the "
+            f"quartiles of a ratio lie {apart:.0%} apart in the median")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
@@ -205,13 +225,17 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=(*OURS, *PEERS), default=[], metavar="CONTESTANT",
                         help="these, in place of all: " + ", ".join((*OURS, *PEERS)))
     parser.add_argument("--resume", action="store_true", help="leave out what the CSV has")
+    parser.add_argument("--without-vnni", action="store_true", help="tell the libraries that this CPU has no VNNI")
     options(parser, RESULTS)
     args = parser.parse_args()
+    if args.without_vnni:
+        os.environ.update(TOLD)  # which workers inherit
+        args.out = WITHOUT_VNNI if args.out == RESULTS else args.out
     rows = read(args.out)
     run = time.strftime("%Y-%m-%d %H:%M")
     for model in () if args.show else args.models:
         for batch in args.batches:
-            names = contestants(model, args.peers, args.only)
+            names = contestants(model, args.peers, args.only, args.without_vnni)
             if args.resume and done(rows, model, batch, names):
                 continue
             begin = time.monotonic()
@@ -220,7 +244,7 @@ def main() -> None:
             rows = merged(rows, new)
             write(args.out, rows, COLUMNS)
             tell(new, time.monotonic() - begin)
-    print(table(read(args.out)))
+    print((table_without_vnni if args.without_vnni else table)(read(args.out)))
 
 
 def tell(rows: Sequence[Row], seconds: float) -> None:

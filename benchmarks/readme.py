@@ -47,6 +47,7 @@ TABLES: Mapping[str, tuple[Path, Callable[[list[dict[str, Any]]], str]]] = {
     "accuracy": (remove_accuracy.RESULTS, remove_accuracy.table),
     "compensate": (compensate.RESULTS, compensate.table),
     "quantize-speed": (quantize_speed.RESULTS, quantize_speed.table),
+    "quantize-speed-without-vnni": (quantize_speed.WITHOUT_VNNI, quantize_speed.table_without_vnni),
     "quantize-remove": (quantize_and_remove.RESULTS, quantize_and_remove.table),
     "quantize-accuracy": (quantize_accuracy.RESULTS, quantize_accuracy.table),
     "quantize-calibrate": (quantize_calibrate.RESULTS, quantize_calibrate.table),

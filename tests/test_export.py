@@ -198,6 +198,21 @@ def test_a_bias_too_large_for_its_step(tmp_path: Path) -> None:
         assert in_steps(run(path, x)[0], module(x)) < 1
 
 
+def test_a_bias_that_leaves_no_room_for_its_products(tmp_path: Path) -> None:
+    """In int32 the sum of both would overflow, and what a ReLU makes zero would be the greatest number."""
+    model = nn.Sequential(nn.Conv2d(3, 16, 1), nn.ReLU(), nn.Conv2d(16, 2, 1))
+    x = noise(2, 3, 8, 8).abs()
+    with torch.no_grad():
+        reads = float(x.max()) / 255
+        for channel, part in enumerate(torch.linspace(0.9, 4, 12), 4):  # of the greatest bias that int32 holds
+            model[0].bias[channel] = -5.0
+            model[0].weight[channel] = -127 * 5.0 / (reads * float(part) * (2**31 - 1))
+    _, module = deployed(model, x)
+    path = fxcompress.export(module, tmp_path / "net.onnx").path
+    with torch.no_grad():
+        assert in_steps(run(path, x)[0], module(x)) < 1
+
+
 class Nest(nn.Module):
     """Takes two inputs, one by keyword; gives a dict with a tuple, the same tensor twice and a constant."""
 

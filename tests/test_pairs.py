@@ -89,35 +89,62 @@ _PROGRAM = """
 import sys, torch
 from fxcompress.nn import IntConv2d, IntLinear, engines, pairs
 from fxcompress.nn.integer import After, Grid
-engines.FEW_PRODUCTS = engines.FEW_DEPTHWISE = engines.FEW_ROWS = 0  # by oneDNN, which can be told what CPU this is
+assert pairs.saturates()
+few = 0 if sys.argv[1] == "onednn" else 1e9
+engines.FEW_PRODUCTS = engines.FEW_DEPTHWISE = engines.FEW_ROWS = few
 torch.manual_seed(0)
 apart = {"scaled": 0.0, "all": 0.0}
 for inputs, outputs, size, groups in [(16, 32, 1, 1), (3, 32, 3, 1), (64, 64, 3, 1), (8, 8, 3, 8), (33, 40, 1, 1),
                                       (30, 48, 3, 2), (65, 48, 0, 1)]:
     weight = torch.randn(outputs, inputs // groups, *[size] * (2 * bool(size)))
-    reads, after = Grid(1.0, 0), After(None)
     shape = (2, inputs, 9, 9) if size else (100, inputs)
     q = torch.randint(200, 256, shape, dtype=torch.uint8)
     for kind, far in (("scaled", pairs.reach(weight)), ("all", weight.flatten(1).abs().amax(1))):
         steps = (weight / (far / 127).reshape(-1, *[1] * (weight.dim() - 1))).round().to(torch.int8)
         if size:
-            layer = IntConv2d(weight.shape, False, reads, after, (1, 1), (size // 2,) * 2, (1, 1), groups)
             total = torch.nn.functional.conv2d(q.double(), steps.double(), None, 1, size // 2, 1, groups)
         else:
-            layer, total = IntLinear(weight.shape, False, reads, after), q.double() @ steps.double().T
+            total = q.double() @ steps.double().T
+        step = max(1.0, float(total.abs().max()) / 120)  # sums in bytes, around the middle
+        after = After(Grid(step, 128) if few else None)
+        if size:
+            layer = IntConv2d(weight.shape, False, Grid(1.0, 0), after, (1, 1), (size // 2,) * 2, (1, 1), groups)
+        else:
+            layer = IntLinear(weight.shape, False, Grid(1.0, 0), after)
         layer.fill(steps, torch.ones(outputs), None)
         layer._packed.exact = True  # no looking first
-        found = layer(q.contiguous(memory_format=torch.channels_last) if size else q)
-        apart[kind] = max(apart[kind], float((found.double() - total).abs().max()))
+        found = layer(q.contiguous(memory_format=torch.channels_last) if size else q).double()
+        if few:
+            assert layer.engine == "fbgemm" or groups > 1, (layer.engine, layer.why)
+            total = (total * torch.tensor(1 / step, dtype=torch.float32).double()).round() + 128
+        apart[kind] = max(apart[kind], float((found - total).abs().max()))
 print(apart["scaled"], apart["all"])
 """
 
 
-def test_kernels_without_vnni_are_exact_on_scaled_weights_and_saturate_on_others() -> None:
-    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1"}
-    made = subprocess.run([sys.executable, "-c", _PROGRAM], env=environment, capture_output=True, text=True, check=True)
+@pytest.mark.parametrize(("engine", "setting", "far"), [
+    ("onednn", "ONEDNN_MAX_CPU_ISA", 1000), ("fbgemm", "FBGEMM_ENABLE_INSTRUCTIONS", 1)])
+def test_kernels_without_vnni_are_exact_on_scaled_weights_and_saturate_on_others(
+        engine: str, setting: str, far: float) -> None:
+    """Libraries that are told to do without it sum as they do on CPUs that have none; a step of FBGEMM's bytes stands
+    for many products."""
+    environment = {**os.environ, setting: "AVX2", "OMP_NUM_THREADS": "1"}
+    made = subprocess.run([sys.executable, "-c", _PROGRAM, engine], env=environment, capture_output=True, text=True,
+                          check=True)
     scaled, all_ = map(float, made.stdout.split())
-    assert scaled == 0 and all_ > 1000
+    assert scaled == 0 and all_ > far
+
+
+def test_libraries_that_are_told_to_do_without_vnni_saturate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cpu._is_vnni_supported", lambda: True)
+    assert not pairs.saturates()
+    for name, value in (("ONEDNN_MAX_CPU_ISA", "avx2"), ("DNNL_MAX_CPU_ISA", "AVX512_CORE"),
+                        ("FBGEMM_ENABLE_INSTRUCTIONS", "AVX2")):
+        with monkeypatch.context() as told:
+            told.setenv(name, value)
+            assert pairs.saturates()
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_VNNI")
+    assert not pairs.saturates()
 
 
 # The key

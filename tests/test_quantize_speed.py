@@ -108,7 +108,20 @@ def test_rows_of_a_new_run_take_the_place_of_old_ones() -> None:
     assert done(old, "resnet18", 1, ["eager", "ours_int8"]) and not done(old, "vgg11", 1, ["eager", "ours_int8"])
     assert not done(old, "resnet18", 16, ["eager"])
     assert contestants("vgg11", False, ["ort_int8"]) == ["eager", "ours_fp32", "ort_int8"]
+    told = contestants("vgg11", True, [], without_vnni=True)
+    assert "ao_x86" in told and not {"ort_int8", "ov_int8", "ours_auto"} & set(told)
     assert "ort_dynamic" in contestants("vit_b_16", True, []) and "ort_dynamic" not in contestants("vgg11", True, [])
+
+
+def test_what_cant_be_told_to_do_without_vnni_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    from quantize_process import TOLD, instructions
+    from quantize_speed import table_without_vnni
+
+    for name, value in TOLD.items():
+        monkeypatch.setenv(name, value)
+    assert instructions() == "AVX2 without VNNI, told"
+    text = table_without_vnni([row("eager", 1.0), row("ours_int8", 2.0), row("ao_x86", 1.5)])
+    assert line(text, "resnet18") == ["resnet18", "1", "80", "**2.00**", "1.50"] and "OpenVINO |" not in text
 
 
 def test_the_sum_is_compared_with_the_best_peer() -> None:

@@ -32,7 +32,7 @@ from .qdq_nodes import Dequantized, Rounded
 from .qdq_weights import DynamicLinear, WeightConv2d, WeightEmbedding, WeightLinear
 
 _TOP = 255  # of uint8
-_INT32 = 2**31 - 1
+_SUM = 2**31 - 2**24  # of int32: what sums of products and a bias may come to, with room for roundings
 _MOVES = ("permute", "transpose", "reshape", "view", "flatten", "unflatten", "contiguous", "squeeze", "unsqueeze")
 
 
@@ -229,20 +229,22 @@ class Linear(_Product):
 
 def _with_bias(kernel: IntConv2d | IntLinear) -> tuple[Tensor, Tensor, Dequantized | None]:
     """Weights, their scales, and the bias in int32, whose step is that of the products: scale of weight times scale of
-    input. Where a bias is too large for that (a channel whose weights are next to nothing) the channel gets a coarser
-    scale: half a step of it is at most |bias|·2⁻³² for each product, far below a step of any result that holds it."""
+    input. Where a bias and the sum of the products could be too large for that (a channel whose weights are next to
+    nothing) the channel gets a coarser scale: half a step of it is at most |bias|·2⁻³² for each product, far below a
+    step of any result that holds it."""
     weight, scale = kernel.weight.detach(), kernel.weight_scale
     if kernel.bias is None:
         return weight, scale, None
     bias, reads = kernel.bias.detach().double(), kernel.reads.scale
-    least = bias.abs() / (reads * _INT32)
+    products = weight.flatten(1).abs().sum(1, dtype=torch.int64) * kernel.reads.high * scale.double()
+    least = (bias.abs() / reads + products) / _SUM
     if bool((least > scale).any()):
         coarse = torch.maximum(scale.double(), least).float()
         coarse = torch.where(coarse.double() < least, coarse.nextafter(torch.full_like(coarse, torch.inf)), coarse)
         ratio = (scale.double() / coarse.double()).reshape(-1, *[1] * (weight.dim() - 1))
         weight, scale = (weight.double() * ratio).round().to(torch.int8), coarse
     step = (scale * torch.tensor(reads, dtype=torch.float32))
-    integers = (bias / step.double()).round().clamp(-_INT32, _INT32).to(torch.int32)
+    integers = (bias / step.double()).round().to(torch.int32)
     return weight, scale, Dequantized(integers, step)
 
 

@@ -8,6 +8,9 @@ Neighbours are inputs 2i and 2i + 1 of an output, at one place of the kernel; FB
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -17,9 +20,18 @@ _PART = 2**24  # numbers looked at at a time
 SATURATES = "without VNNI instructions sums of two of its products would saturate 16 bits"
 
 
+# Settings of the environment that keep a library from VNNI instructions, and their values that do (oneDNN
+# documentation, "CPU Dispatcher Control"; FBGEMM, src/Utils.cc).
+_KEPT_FROM: Mapping[str, frozenset[str]] = {
+    **dict.fromkeys(("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"), frozenset({"SSE41", "AVX", "AVX2", "AVX512_CORE"})),
+    "FBGEMM_ENABLE_INSTRUCTIONS": frozenset({"AVX2", "AVX512"})}
+
+
 def saturates() -> bool:
-    """Whether sums of two products of u8 and s8 saturate 16 bits on this CPU: where it has no VNNI instructions."""
-    return not torch.cpu._is_vnni_supported()
+    """Whether sums of two products of u8 and s8 saturate 16 bits here: where the CPU has no VNNI instructions, or
+    oneDNN or FBGEMM is told to do without."""
+    told = any(os.environ.get(name, "").upper() in values for name, values in _KEPT_FROM.items())
+    return told or not torch.cpu._is_vnni_supported()
 
 
 def _ways(shape: torch.Size) -> list[Tensor]:
