@@ -5,8 +5,9 @@
 
 EfficientNet-Lite0 and MobileNetV2 on the test crops of `photographs.py`, MiniLM on the test sentences of `minilm.py`.
 Each file is run by the runtime it is made for. Distances are in steps of 8 bits over what the simulation gives, and
-beside them how far the simulation is from fp32: roundings that fall to the other side somewhere in a deep model are
-noise of the kind that rounding is anyway, of which a file must add little.
+beside them how far the simulation is from fp32, and from itself in float64: roundings that fall to the other side
+somewhere in a deep model are noise of the kind that rounding is anyway, of which a file must add little. What files
+compute is seen in single layers, each fed with the simulation's integers (`quantize_layers.py`), on the first batch.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -28,10 +29,12 @@ import minilm
 from photographs import crops, efficientnet_lite0
 from quantize_accuracy import BATCH, asked, sqnr
 from quantize_equalize import Features, normalized
+from quantize_layers import Apart, InDouble, file_apart, module_apart, rounded
 from tables import Row, markdown, read, write
 
 RESULTS = Path(__file__).parent / "results/quantize_export.csv"
-COLUMNS = ("model", "by", "most", "mean", "sqnr", "rounding")
+COLUMNS = ("model", "by", "most", "mean", "sqnr", "rounding", "cuts", "most_apart", "share")
+FILE = "model.onnx"
 POLICY = 'use "std/quant.fxc" {{ int8 }}\npolicy small {{ quantize {layers} as int8 {{ {more} }} }}'
 STEPS = 255  # of 8 bits
 Batch = Sequence[Tensor]
@@ -68,14 +71,23 @@ SUBJECTS: Mapping[str, Callable[[], Subject]] = {
 
 
 def ways(module: torch.fx.GraphModule, folder: Path) -> Mapping[str, Run]:
-    """The module itself, and each format that it is exported to."""
+    """The module itself, and each format that it is exported to, in `folder`."""
     def by(runtime: str, name: str) -> Run:
         run = RUNTIMES[runtime](fxcompress.export(module, folder / name).path)
         return lambda batch: run(batch)[0]
 
     program = torch.export.load(fxcompress.export(module, folder / "model.pt2").path).module()
     return {"GraphModule": lambda batch: module(*batch), "`.pt2`": lambda batch: program(*batch),
-            "ONNX Runtime": by("onnxruntime", "model.onnx"), "OpenVINO": by("openvino", "model.xml")}
+            "ONNX Runtime": by("onnxruntime", FILE), "OpenVINO": by("openvino", "model.xml")}
+
+
+def layers(simulation: torch.fx.GraphModule, module: torch.fx.GraphModule, folder: Path,
+           batch: Batch) -> Mapping[str, Apart]:
+    """How far single layers lie from the simulation, by what runs them; `folder` is that of `ways`."""
+    known = rounded(simulation, batch)
+    return {"GraphModule": module_apart(module, known, batch),
+            "ONNX Runtime": file_apart("onnxruntime", folder / FILE, known, batch),
+            "OpenVINO": file_apart("openvino", folder / FILE, known, batch)}
 
 
 def measure(name: str) -> list[Row]:
@@ -83,18 +95,27 @@ def measure(name: str) -> list[Row]:
     subject = SUBJECTS[name]()
     policy = POLICY.format(layers=subject.layers, more=subject.more)
     result = fxcompress.compile(policy, subject.model, tuple(subject.test[0]), calibration=list(subject.calibration))
-    module = result.finalize(target="cpu")
-    simulated = _all(lambda batch: result.module.eval()(*batch), subject.test)
+    simulation, module = result.module.eval(), result.finalize(target="cpu")
+    simulated = _all(lambda batch: simulation(*batch), subject.test)
     rounding = sqnr(simulated, _all(lambda batch: subject.model(*batch), subject.test))
     step = float(simulated.max() - simulated.min()) / STEPS
+    double = InDouble(simulation)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for by, run in ways(module, Path(folder)).items():
+        runs = {"the simulation in float64": lambda batch: double.run(*map(_doubled, batch)).float(),
+                **ways(module, Path(folder))}
+        apart = layers(simulation, module, Path(folder), subject.test[0])
+        for by, run in runs.items():
             found = _all(run, subject.test)
             off = (found - simulated).abs() / step
             rows.append({"model": name, "by": by, "most": float(off.max()), "mean": float(off.mean()),
-                         "sqnr": sqnr(found, simulated), "rounding": rounding})
+                         "sqnr": sqnr(found, simulated), "rounding": rounding,
+                         **(asdict(apart[by]) if by in apart else {})})
     return rows
+
+
+def _doubled(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 @torch.no_grad()
@@ -105,10 +126,12 @@ def _all(run: Run, batches: Sequence[Batch]) -> Tensor:
 def table(rows: list[Row]) -> str:
     """The Markdown table."""
     head = ("model", "run by", "mean distance, steps", "the most", "SQNR to the simulation, dB",
-            "of the simulation to fp32")
+            "of the simulation to fp32", "layers by themselves", "the most, steps", "of their integers differ")
     return markdown(head, [
         (str(row["model"]), str(row["by"]), f"{float(row['mean']):.2f}", f"{float(row['most']):.1f}",
-         f"{float(row['sqnr']):.1f}", f"{float(row['rounding']):.1f}") for row in rows], words=2)
+         f"{float(row['sqnr']):.1f}", f"{float(row['rounding']):.1f}", str(row["cuts"]) or "-",
+         str(row["most_apart"]) or "-", f"{100 * float(row['share']):.2g} %" if row["share"] else "-")
+        for row in rows], words=2)
 
 
 def main() -> None:
