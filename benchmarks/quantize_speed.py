@@ -19,7 +19,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -38,6 +38,10 @@ PEERS = ("inductor", "ao_x86", "ao_onednn", "pt2e", "pt2e_cpp", "ort_fp32", "ort
          "ov_int8")
 CANT_BE_TOLD = ("ours_auto", "ort_fp32", "ort_int8", "ort_dynamic", "ov_fp32", "ov_int8")  # to do without VNNI
 TRANSFORMERS_ONLY = ("ort_dynamic", "ours_dynamic", "ours_dynamic_compiled")
+AGAINST = (  # what is compared below the tables: a name, ours, and the peers of which the fastest counts
+    ("`auto`", ("ours_auto",), "the fastest peer", PEERS),
+    ("The int8 GraphModule", ("ours_int8", "ours_dynamic"), "torch.ao's faster engine", ("ao_x86", "ao_onednn")),
+    ("Compiled int8", ("ours_int8_compiled", "ours_dynamic_compiled"), "PT2E + Inductor", ("pt2e", "pt2e_cpp")))
 GARBAGE = 0.5  # drift beyond which an output says nothing of what fp32 says
 # Column of the table -> the contestants of which it shows the fastest.
 SHOWN: Mapping[str, tuple[str, ...]] = {
@@ -144,7 +148,27 @@ def table(rows: list[Row]) -> str:
              _grid(pairs, {head: names for head, names in shown.items() if head != "ours fp32"}, "over_fp32")]
     failed = [f"- {row['model']}, batch {row['batch']}, `{row['contestant']}`: "
               + str(row["error"]).replace("|", "/").replace("`", "'")[:160] for row in rows if row["error"]]
-    return "\n\n".join([*parts, *(["Failed:\n\n" + "\n".join(failed)] if failed else []), _how(rows, pairs)])
+    return "\n\n".join([*parts, *(["Failed:\n\n" + "\n".join(failed)] if failed else []), *beside(pairs),
+                        _how(rows, pairs)])
+
+
+def beside(pairs: Mapping[Pair, Mapping[str, Row]]) -> Iterator[str]:
+    """A sentence for each of `AGAINST`: where it is ahead, level (behind, but quartiles overlap) and behind."""
+    for name, ours, theirs, peers in AGAINST:
+        ahead, level, behind = 0, [], []
+        for (model, batch), mine in pairs.items():
+            one, other = best(mine, ours), best(mine, peers)
+            if one is None or other is None or garbage(other):
+                continue
+            ratio = float(one["speed"]) / float(other["speed"])
+            ahead += ratio >= 1
+            if ratio < 1:
+                (level if float(one["high"]) >= float(other["low"]) else behind).append(
+                    f"{model} at batch {batch} ({1 - ratio:.1%})")
+        if ahead or level or behind:
+            yield f"{name} beside {theirs}: ahead or equal on {ahead} line{'s' * (ahead != 1)}" + (
+                f"; behind, but quartiles overlap: {', '.join(level)}" if level else "") + (
+                f"; behind: {', '.join(behind)}" if behind else "") + "."
 
 
 def table_without_vnni(rows: list[Row]) -> str:

@@ -97,6 +97,22 @@ def test_garbage_is_not_the_fastest_of_its_kind() -> None:
     assert best(rows, ("ov_int8",)) is None
 
 
+def test_it_is_said_where_ours_are_behind_and_whether_quartiles_overlap() -> None:
+    from quantize_speed import beside, by_pair
+
+    def close(contestant: str, speed: float, **other: Any) -> dict[str, Any]:
+        return row(contestant, speed, **other) | {"low": str(speed * 0.99), "high": str(speed * 1.01)}
+
+    rows = [close(name, speed, model=model) for model, auto, int8 in (
+        ("resnet18", 5.0, 4.0), ("resnet50", 4.95, 4.0), ("vgg11", 4.5, 3.0)) for name, speed in (
+        ("ours_auto", auto), ("ov_int8", 5.0), ("ours_int8", int8), ("ao_x86", 3.5))]
+    assert list(beside(by_pair([*rows, close("ort_int8", 9.0, drift=0.9)]))) == [
+        "`auto` beside the fastest peer: ahead or equal on 1 line; behind, but quartiles overlap: resnet50 at batch 1 "
+        "(1.0%); behind: vgg11 at batch 1 (10.0%).",
+        "The int8 GraphModule beside torch.ao's faster engine: ahead or equal on 2 lines; behind: vgg11 at batch 1 "
+        "(14.3%)."]
+
+
 def test_rows_of_a_new_run_take_the_place_of_old_ones() -> None:
     from quantize_speed import contestants, done, merged
 
