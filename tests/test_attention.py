@@ -207,10 +207,85 @@ def test_modules_are_written_out_and_drop_in_training() -> None:
 
 
 class ByHand(Attends):
-    def forward(self, x: Tensor) -> Tensor:
+    """Attention written out in one of the ways that models do."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.drop = way, nn.Dropout(0.5)
+        self.register_buffer("hides", torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1))
+
+    def forward(self, x: Tensor) -> Any:
         query, key, value = (self.heads(layer(x)) for layer in (self.query, self.key, self.value))
-        weights = F.dropout(torch.softmax(query @ key.transpose(-2, -1), -1), 0.1, self.training)
-        return self.out((weights @ value).transpose(1, 2).flatten(2))
+        if self.way == "three dimensions":
+            query, key, value = (part.flatten(0, 1) for part in (query, key, value))
+            weights = torch.softmax(torch.bmm(query * 0.5, key.transpose(1, 2)), dim=-1)
+            return self.out(torch.bmm(weights, value).unflatten(0, (-1, HEADS)).transpose(1, 2).flatten(2))
+        turned = key.permute(0, 1, 3, 2) if self.way == "permuted" else key.transpose(-2, -1)
+        weights = self.weights(query @ turned)
+        made = self.out((weights @ value).transpose(1, 2).flatten(2))
+        return (made, weights) if self.way == "gives its weights" else made
+
+    def weights(self, scores: Tensor) -> Tensor:
+        hides: Any = self.hides
+        if self.way == "another dimension":
+            return scores.softmax(2)
+        if self.way == "more between":
+            return scores.tanh().softmax(-1)
+        if self.way == "scaled behind the mask":
+            return ((scores + hides * -1e4) * 0.5).softmax(-1)
+        scores = 0.25 * scores if self.way == "permuted" else scores / 8**0.5
+        scores = {"filled": lambda: scores.masked_fill(hides, float("-inf")),
+                  "filled by little": lambda: scores.masked_fill(hides, -100.0),
+                  "added": lambda: scores + hides[None, None] * torch.finfo(torch.float32).min,
+                  "added first": lambda: hides * -1e4 + scores}.get(self.way, lambda: scores)()
+        weights = F.softmax(scores, dim=3, dtype=torch.float32).to(scores.dtype)
+        if self.way == "drops by a module":
+            return self.drop(weights)
+        if self.way == "drops by mode":
+            return F.dropout(weights, 0.5 if self.training else 0.0, training=self.training)
+        return F.dropout(weights, 0.5, self.way == "always drops" or self.training)
+
+
+FORMS = ("plain", "permuted", "three dimensions", "filled", "added", "added first", "drops by a module",
+         "drops by mode")
+
+
+@pytest.mark.parametrize("way", FORMS)
+def test_attention_that_a_model_writes_out(way: str) -> None:
+    torch.manual_seed(0)
+    model, x = ByHand(way).eval(), noise(3, LENGTH, WIDTH)
+    result = compressed(model, x)
+    assert "1 attention: queries, keys, values and weights in 8 bits" in notes(result)
+    with without_rounding(result.captured):
+        assert torch.allclose(result.module.eval()(x), model(x), atol=1e-6)
+        assert torch.equal(result.module.train()(x), result.module(x)) == (way == "three dimensions"), "weights drop"
+    expected = result.module.eval()(x)
+    small = result.finalize(target="cpu")
+    assert kinds(small).count("rounded_attention") == 1 and apart(small(x), model(x)) < 0.05
+    with rounding(small):
+        assert apart(small(x), expected) < 1e-3
+    assert set(model.state_dict()) <= set(result.module.state_dict())
+
+
+@pytest.mark.parametrize(("way", "why"), [
+    ("gives its weights", "is read elsewhere too"),
+    ("another dimension", "its softmax isn't over the keys, in float32"),
+    ("more between", "between its products is more than a scale, a mask, a softmax and a dropout"),
+    ("scaled behind the mask", "between its products is more than"),
+    ("filled by little", "masked scores become -100.0: the scores would not be lost in it"),
+    ("always drops", "its dropout acts in evaluation too")])
+def test_what_is_written_out_otherwise_stays_and_is_named(way: str, why: str) -> None:
+    torch.manual_seed(0)
+    model, x = ByHand(way).eval(), noise(3, LENGTH, WIDTH)
+    result = compressed(model, x)
+    assert "attention stays in float (softmax): the model writes it out, and " in notes(result) and why in notes(result)
+    assert "scaled_dot_product_attention" not in kinds(result.captured) and not list(attentions(result.captured))
+
+
+def test_attention_of_layers_that_are_not_selected_stays_as_it_is() -> None:
+    model, x = ByHand("plain").eval(), noise(3, LENGTH, WIDTH)
+    result = fxcompress.compile('policy p { quantize "query" { attention = true } }', model, x, calibration=[x])
+    assert "scaled_dot_product_attention" not in kinds(result.captured) and "matmul" in kinds(result.captured)
 
 
 class Grouped(Attends):
@@ -223,7 +298,6 @@ class Grouped(Attends):
 @pytest.mark.parametrize(("model", "why"), [
     (Attends(dropout_p=0.1), "attention stays in float (scaled_dot_product_attention): its dropout acts in evaluation"),
     (Grouped(), "attention stays in float (scaled_dot_product_attention): its queries have more heads"),
-    (ByHand(), "attention stays in float (softmax): the model writes its products out"),
     (nn.Sequential(nn.Linear(WIDTH, WIDTH)), "`attention = true` changes nothing: no selected layer gives values"),
 ])
 def test_what_is_not_rounded_is_said(model: nn.Module, why: str) -> None:

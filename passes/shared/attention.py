@@ -54,11 +54,21 @@ def fed_by(captured: Captured, products: Iterable[fx.Node]) -> list[fx.Node]:
             and _giver(arguments(node)["value"]) in chosen]
 
 
-def by_hand(captured: Captured) -> list[fx.Node]:
-    """The softmaxes whose weights a product reads: attention that the model writes out itself."""
+def by_hand(captured: Captured, products: Iterable[fx.Node]) -> list[fx.Node]:
+    """The softmaxes whose weights a product multiplies with values that `products` give: attention that the model
+    writes out itself."""
+    chosen = set(products)
     return [node for node in captured.graph.nodes if kind_of(node) == "softmax" and any(
-        kind_of(reader) in ("matmul", "bmm") for user in node.users
-        for reader in (user.users if kind_of(user) == "dropout" else (user,)))]
+        _giver(value) in chosen for value in _multiplied_by(node))]
+
+
+def _multiplied_by(weights: fx.Node) -> Iterator[fx.Node]:
+    """What products multiply `weights` with."""
+    for user in weights.users:
+        if kind_of(user) in ("dropout", "to"):
+            yield from _multiplied_by(user)
+        elif kind_of(user) in ("matmul", "bmm"):
+            yield from (node for node in user.all_input_nodes if node is not weights)
 
 
 def _giver(value: fx.Node) -> fx.Node | None:
@@ -80,10 +90,10 @@ def why_not(node: fx.Node) -> str | None:
         return "it doesn't compute in float32"
     if not isinstance(values["scale"], int | float | None):
         return "its scale is computed"
-    return None if _drops(values["dropout_p"]) is not None else "its dropout acts in evaluation too"
+    return None if drops(values["dropout_p"]) is not None else "its dropout acts in evaluation too"
 
 
-def _drops(rate: Any) -> float | None:
+def drops(rate: Any) -> float | None:
     """The share of weights that is dropped in training alone; None where some are in evaluation too."""
     if isinstance(rate, fx.Node):
         switch = module_of(rate) if rate.op == "call_module" else None
@@ -140,7 +150,7 @@ class Writer:
         return self.call("add", scores, mask)
 
     def _dropped(self, weights: fx.Node) -> fx.Node:
-        rate = _drops(self.values["dropout_p"])
+        rate = drops(self.values["dropout_p"])
         if not rate:
             return weights
         path = f"{self.node.name}_drops"

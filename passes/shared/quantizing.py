@@ -23,6 +23,7 @@ from fxcompress.nn.quantizer import Quantizer, WeightQuantizer, groups_of
 from fxcompress.nn.scheme import Scheme
 from fxcompress.nn.trained import TrainedQuantizer
 from fxcompress.passes.shared import attention
+from fxcompress.passes.shared.attention_forms import gather
 from fxcompress.passes.shared.calibrating import calibrate, cover_weight
 from fxcompress.passes.shared.fold_norms import fold, norms_behind
 from fxcompress.passes.shared.integer import Grids, Region, averages, data_of, regions_of, role_of
@@ -279,6 +280,13 @@ def _attention(settings: Quantize, captured: Captured, site: Site,
     changes: list[Change] = []
     left: dict[str, list[str]] = {}
     schemes, bits = _attention_schemes(settings), bits_of(settings)
+    for node in attention.by_hand(captured, products):
+        made = gather(captured, node)
+        if isinstance(made, str):
+            left.setdefault(f"the model writes it out, and {made}", []).append(label(node))
+        else:
+            touch(made, settings, site, "attention that was written out, as one call", was=(node.name,))
+    captured.refresh()
     found = attention.fed_by(captured, products)
     for node in found:
         why = attention.why_not(node)
@@ -291,10 +299,8 @@ def _attention(settings: Quantize, captured: Captured, site: Site,
         for made in attention.Writer(captured, node).write(quantizers):
             touch(made, settings, site, "attention written out, what it multiplies rounded", was=(node.name,))
     captured.refresh()
-    if written := [label(node) for node in attention.by_hand(captured)]:
-        left["the model writes its products out, and doesn't call `scaled_dot_product_attention`"] = written
     notes = [f"attention stays in float ({few(names)}): {why}" for why, names in left.items()]
-    if not found:
+    if not found and not left:
         notes.append("`attention = true` changes nothing: no selected layer gives values to attention")
     if changes:
         notes.append(f"{len(changes)} attention{'s' * (len(changes) != 1)}: queries, keys, values and weights in "
