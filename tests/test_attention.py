@@ -220,6 +220,12 @@ class ByHand(Attends):
             query, key, value = (part.flatten(0, 1) for part in (query, key, value))
             weights = torch.softmax(torch.bmm(query * 0.5, key.transpose(1, 2)), dim=-1)
             return self.out(torch.bmm(weights, value).unflatten(0, (-1, HEADS)).transpose(1, 2).flatten(2))
+        if self.way == "another einsum":
+            weights = self.weights(torch.einsum("bhid,bhjd->bhij", query, key))
+            return self.out(torch.einsum("bhji,bhjd->bhid", weights, value).transpose(1, 2).flatten(2))
+        if self.way == "einsum":
+            weights = self.weights(torch.einsum("b h i d, b h j d -> b h i j", query, key))
+            return self.out(torch.einsum("...ij,...jd->...id", weights, value).transpose(1, 2).flatten(2))
         turned = key.permute(0, 1, 3, 2) if self.way == "permuted" else key.transpose(-2, -1)
         weights = self.weights(query @ turned)
         made = self.out((weights @ value).transpose(1, 2).flatten(2))
@@ -246,7 +252,7 @@ class ByHand(Attends):
         return F.dropout(weights, 0.5, self.way == "always drops" or self.training)
 
 
-FORMS = ("plain", "permuted", "three dimensions", "filled", "added", "added first", "drops by a module",
+FORMS = ("plain", "permuted", "einsum", "three dimensions", "filled", "added", "added first", "drops by a module",
          "drops by mode")
 
 
@@ -270,6 +276,7 @@ def test_attention_that_a_model_writes_out(way: str) -> None:
 @pytest.mark.parametrize(("way", "why"), [
     ("gives its weights", "is read elsewhere too"),
     ("another dimension", "its softmax isn't over the keys, in float32"),
+    ("another einsum", "between its products is more than"),
     ("more between", "between its products is more than a scale, a mask, a softmax and a dropout"),
     ("scaled behind the mask", "between its products is more than"),
     ("filled by little", "masked scores become -100.0: the scores would not be lost in it"),

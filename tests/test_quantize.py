@@ -21,7 +21,7 @@ from fxcompress.engine import integers
 from fxcompress.graph.ops import kind_of, module_of
 from fxcompress.inspect import report
 from fxcompress.nn import IntConv2d, IntLinear, Quantizer, engines, quantized_dtypes
-from fxcompress.nn.integer import After, Grid
+from fxcompress.nn.integer import FLOATS, After, Grid
 from fxcompress.nn.moving import IntAdaptiveMean, IntMaxPool2d, IntMean, ToInteger
 from fxcompress.nn.pairs import saturates
 from fxcompress.nn.scheme import Scheme
@@ -311,6 +311,32 @@ def test_linear_layers_in_exact_arithmetic(rows: tuple[int, ...], gives: Grid | 
     layer.fill(weight, scale, bias)
     total = F.linear(q.double() - 7, weight.double()) * (0.05 * scale.double()) + bias.double()
     check(layer(q), exact(total, after, None, (ACTIVATIONS | GELU)[activation][1]), after)
+
+
+@pytest.mark.parametrize("turned", ["neither", "what it reads", "what it adds"])
+@pytest.mark.parametrize("gives", GIVES)
+@pytest.mark.parametrize("activation", ["none", "relu"])
+@pytest.mark.parametrize("copies", [False, True])
+def test_linear_layers_that_add_in_exact_arithmetic(turned: str, gives: Grid | None, activation: str,
+                                                    copies: bool) -> None:
+    """In whatever order the numbers lie in memory: grid attention adds behind a transpose."""
+    torch.manual_seed(4)
+    reads, adds = torch.randint(0, TOP + 1, (2, 40, 24), dtype=torch.uint8), Grid(0.11, 50)
+    other = torch.randint(0, 256, (2, 40, 10), dtype=torch.uint8)
+    if gives is None:
+        other, adds = torch.randn(2, 40, 10), FLOATS
+    if turned != "neither":
+        reads, other = (x.transpose(0, 1).contiguous().transpose(0, 1) if turned == which else x
+                        for x, which in ((reads, "what it reads"), (other, "what it adds")))
+    weight = torch.randint(-127, 128, (10, 24), dtype=torch.int8)
+    scale, bias = torch.rand(10) * 0.02 + 1e-3, torch.randn(10)
+    after = After(gives, adds, copies, activation)
+    layer = IntLinear(weight.shape, True, Grid(0.05, 7), after)
+    layer.fill(weight, scale, bias)
+    total = F.linear(reads.double() - 7, weight.double()) * (0.05 * scale.double()) + bias.double()
+    expected, kept = exact(total, after, other, ACTIVATIONS[activation][1]), other.clone()
+    check(layer(reads, other), expected, after)
+    assert not copies or torch.equal(other, kept)
 
 
 @pytest.mark.parametrize("approximate", ["none", "tanh"])

@@ -245,17 +245,14 @@ def _onednn(layer: Product, packed: Tensor, product: Any, adding: Any,
         if activation == "hardtanh" or top == _TOP:
             return lambda q, other: product(q, *given, bias, *settings, *last)
         return lambda q, other: product(q, *given, bias, *settings, *last).clamp_(max=top)
-    adds, images = _added(after), bool(settings)
+    adds, layout = _added(after), torch.channels_last if settings else torch.contiguous_format
 
     def add(q: Tensor, other: Tensor | None) -> Tensor:
         assert other is not None
-        other = other.clone() if after.copies else other
-        other = other.detach()  # what is added may come from layers with parameters, and is written into
-        if images:
-            other = other.contiguous(memory_format=torch.channels_last)
-            made: Tensor = adding(q, *given, other, bias, *settings, scale, zero, dtype, *adds)
-        else:
-            made = adding(q, *given, other, bias, scale, zero, dtype, *adds)
+        # What is added may come from layers with parameters; it is written into, as if it lay in `layout`.
+        held = other.detach()
+        held = held.clone(memory_format=layout) if after.copies else held.contiguous(memory_format=layout)
+        made: Tensor = adding(q, *given, held, bias, *settings, scale, zero, dtype, *adds)
         return made if top == _TOP else made.clamp_(max=top)
 
     return add

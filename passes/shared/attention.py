@@ -67,7 +67,7 @@ def _multiplied_by(weights: fx.Node) -> Iterator[fx.Node]:
     for user in weights.users:
         if kind_of(user) in ("dropout", "to"):
             yield from _multiplied_by(user)
-        elif kind_of(user) in ("matmul", "bmm"):
+        elif kind_of(user) in ("matmul", "bmm", "einsum"):
             yield from (node for node in user.all_input_nodes if node is not weights)
 
 

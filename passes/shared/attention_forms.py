@@ -27,12 +27,41 @@ class _UnlikeError(Exception):
 
 
 @dataclass(frozen=True)
-class _Form:
-    """`end` gives what attention gives; `turned` are the keys with the last two dimensions exchanged; where `mask` is
-    true scores become `fill`, or it is added to them where that is None."""
+class _Product:
+    """A product of two values over their last dimensions but for the order: `left` · `right`, or `left` · `right`ᵀ."""
 
-    query: fx.Node
-    turned: fx.Node
+    left: fx.Node
+    right: fx.Node
+    turns: bool = False
+
+    @classmethod
+    def of(cls, node: fx.Node) -> _Product | None:
+        """What `node` multiplies; None for another operation."""
+        values, names = arguments(node), _PRODUCTS.get(kind_of(node))
+        if names is not None:
+            left, right = (values[name] for name in names)
+            return cls(left, right)
+        if kind_of(node) != "einsum" or len(values["operands"]) != 2:
+            return None
+        sides, _, result = str(values["equation"]).replace(" ", "").replace("...", "_").partition("->")
+        one, _, other = sides.partition(",")
+        if min(len(one), len(other)) < 2:
+            return None
+        batch, rows, inner = one[:-2], one[-2], one[-1]
+        left, right = values["operands"]
+        for turns, columns in ((False, other[-1]), (True, other[-2])):
+            last = columns + inner if turns else inner + columns
+            if columns not in one and other == batch + last and result == batch + rows + columns:
+                return cls(left, right, turns)
+        return None
+
+
+@dataclass(frozen=True)
+class _Form:
+    """`end` gives what attention gives; `keys` has the keys on its right side; where `mask` is true scores become
+    `fill`, or it is added to them where that is None."""
+
+    keys: _Product
     value: fx.Node
     end: fx.Node
     scale: float
@@ -64,9 +93,10 @@ def gather(captured: Captured, softmax: fx.Node) -> fx.Node | str:
             captured.module.add_module(path, rate.train(captured.module.training))
             made.append(graph.call_module(path))
             rate = made[-1]
-        key = form.turned
-        key = arguments(key)["input"] if _turns(key) else add("transpose", key, -2, -1)
-        found = add(KIND, form.query, key, form.value, attn_mask=mask, dropout_p=rate, scale=form.scale)
+        key = form.keys.right
+        if not form.keys.turns:
+            key = arguments(key)["input"] if _turns(key) else add("transpose", key, -2, -1)
+        found = add(KIND, form.keys.left, key, form.value, attn_mask=mask, dropout_p=rate, scale=form.scale)
     for node in made:
         node.meta["path"] = path_of(form.end)
         inherit(node, form.end)
@@ -85,16 +115,16 @@ def _form(softmax: fx.Node) -> _Form:
     while kind_of(user) == "to" or (kind_of(user) == "dropout" and dropout is None):
         dropout = user if kind_of(user) == "dropout" else dropout
         weights, user = user, _reader(user)
-    left, value = _sides(user) or (None, None)
+    result = _Product.of(user)
     scores, mask, fill = _unmasked(_source(softmax))
     scale, product = _unscaled(scores)
-    query, turned = _sides(product) or (None, None)
-    if left is not weights or query is None or turned is None or value is None:
+    keys = _Product.of(product)
+    if keys is None or result is None or result.turns or result.left is not weights:
         raise _UnlikeError("between its products is more than a scale, a mask, a softmax and a dropout")
-    shapes = [_shape(node) for node in (query, turned, value)]
+    shapes = [_shape(node) for node in (keys.left, keys.right, result.right)]
     if len({shape[:-2] for shape in shapes}) > 1 or len(shapes[0]) < 3 or _shape(product) != _shape(softmax):
         raise _UnlikeError("queries, keys and values have different numbers of samples or heads")
-    return _Form(query, turned, value, user, scale, mask, fill, dropout)
+    return _Form(keys, result.right, user, scale, mask, fill, dropout)
 
 
 def _reader(node: fx.Node) -> fx.Node:
@@ -126,7 +156,7 @@ def _unmasked(scores: fx.Node) -> tuple[fx.Node, fx.Node | None, float | None]:
         return scores, None, None
     for one, other in (("input", "other"), ("other", "input")):
         side, mask = values[one], values[other]
-        if isinstance(side, fx.Node) and isinstance(mask, fx.Node) and _sides(_unscaled(side)[1]) is not None:
+        if isinstance(side, fx.Node) and isinstance(mask, fx.Node) and _Product.of(_unscaled(side)[1]) is not None:
             _reader(side)
             if getattr(mask.meta.get("fxc"), "dtype", None) is not torch.float32:
                 raise _UnlikeError("its mask isn't in float32")
@@ -147,15 +177,6 @@ def _unscaled(scores: fx.Node) -> tuple[float, fx.Node]:
         scale = scale / number if divides else scale * number
         scores = one
     return scale, scores
-
-
-def _sides(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """What a product of two values reads; None for another node."""
-    names = _PRODUCTS.get(kind_of(node))
-    if names is None:
-        return None
-    left, right = (arguments(node)[name] for name in names)
-    return left, right
 
 
 def _turns(node: fx.Node) -> bool:
