@@ -79,9 +79,11 @@ class IntMaxPool2d(nn.Module):
 
     def forward(self, q: Tensor) -> Tensor:
         """uint8 [N, C, H', W']."""
-        if q.shape[1] % _VECTOR == 0 and not _written_out(q):
-            return quantized_dtypes.max_pool2d(q.contiguous(memory_format=torch.channels_last), self.kernel_size,
-                                               self.stride, self.padding, self.dilation, self.ceil_mode)
+        if q.shape[1] % _VECTOR == 0 and not is_fake(q) and not torch.compiler.is_exporting():
+            made: Tensor = torch.ops.quantized.max_pool2d(
+                q.contiguous(memory_format=torch.channels_last), self.kernel_size, self.stride, self.padding,
+                self.dilation, self.ceil_mode)
+            return made
         return self._by_slices(q)
 
     def _by_slices(self, q: Tensor) -> Tensor:

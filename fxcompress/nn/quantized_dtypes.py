@@ -135,14 +135,6 @@ def adding_conv2d(packed: Any, reads: tuple[float, int], adds: tuple[float, int]
     return run
 
 
-def max_pool2d(q: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...],
-               dilation: tuple[int, ...], ceil_mode: bool) -> Tensor:
-    """The maximum over windows of uint8 images; it needs no grid."""
-    scale, zero_point, head = q.__dict__.get(_HEAD) or (1.0, 0, as_quantized(q, 1.0, 0))
-    made = torch.quantized_max_pool2d(head, kernel, stride, padding, dilation, ceil_mode)
-    return as_bytes(made, scale, zero_point)
-
-
 def _weight(weight: Tensor, scale: Tensor) -> Tensor:
     zeros = torch.zeros(len(scale), dtype=torch.int64)
     return torch._make_per_channel_quantized_tensor(weight.contiguous(), scale.double(), zeros, 0)
