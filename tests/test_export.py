@@ -213,6 +213,27 @@ def test_a_bias_that_leaves_no_room_for_its_products(tmp_path: Path) -> None:
         assert in_steps(run(path, x)[0], module(x)) < 1
 
 
+def test_sizes_without_a_name_keep_none(tmp_path: Path) -> None:
+    model, inputs = nn.Transformer(8, 2, 1, 1, 8, batch_first=True).eval(), (noise(2, 6, 8), noise(2, 4, 8))
+    module = fxcompress.compile(FLOAT, model, inputs).finalize(target="cpu")
+    path = fxcompress.export(module, tmp_path / "two.onnx", example_inputs=inputs).path
+    with torch.no_grad():
+        assert torch.allclose(run(path, *inputs)[0], model(*inputs), atol=1e-5)
+    graph = onnx.load(path).graph
+    named = {dim.dim_param for value in (*graph.input, *graph.value_info, *graph.output)
+             for dim in value.type.tensor_type.shape.dim if dim.dim_param}
+    assert "batch" in named and not [name for name in named if "None" in name]
+
+
+def test_a_file_that_does_not_take_the_tensors_is_a_diagnostic(tmp_path: Path) -> None:
+    module = fxcompress.compile(FLOAT, nn.Linear(4, 2).eval(), noise(3, 4)).finalize(target="cpu")
+    for runtime, name in (("onnxruntime", "net.onnx"), ("openvino", "net.xml")):
+        call = RUNTIMES[runtime](fxcompress.export(module, tmp_path / name).path)
+        with pytest.raises(PlanError) as error:
+            call([noise(3, 5)])
+        assert error.value.diagnostics[0].code == "FXC0646"
+
+
 class Nest(nn.Module):
     """Takes two inputs, one by keyword; gives a dict with a tuple, the same tensor twice and a constant."""
 

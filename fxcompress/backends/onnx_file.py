@@ -73,9 +73,9 @@ def _name_batch(model: Any) -> None:
         values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
         for value in values:
             if value.shape is not None:
-                value.shape = type(value.shape)(
-                    size if isinstance(size, int) else re.sub(rf"\b{symbol}\b", BATCH, str(size.value or size))
-                    for size in value.shape)
+                value.shape = type(value.shape)(  # a size that isn't known has no name: it would be that of others too
+                    size if isinstance(size, int) or size.value is None else
+                    re.sub(rf"\b{symbol}\b", BATCH, str(size.value)) for size in value.shape)
 
 
 def _inexpressible(error: Exception) -> PlanError:

@@ -16,26 +16,31 @@ from .libraries import need
 
 Run = Callable[[Sequence[Tensor]], list[Tensor]]
 _SHAPES = 8  # that a model is kept compiled for
+_FITTING = "give tensors of shapes that the model takes"
 _QUIET = 3  # ONNX Runtime's level of errors: its warnings speak of what its own optimizer left over
 
 
 def onnxruntime(path: str | os.PathLike[str]) -> Run:
     """Run an ONNX file by ONNX Runtime on the CPU. Raises PlanError: FXC0640 without it, FXC0646 for a file that it
-    can't run."""
+    can't run, or not with the tensors that it is called with."""
     need("onnxruntime")
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
     options.log_severity_level = _QUIET
+    errors = _errors_of(ort.capi.onnxruntime_pybind11_state)
     try:
         session = ort.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
-    except _errors_of(ort.capi.onnxruntime_pybind11_state) as error:
+    except errors as error:
         raise _refused("ONNX Runtime", error) from error
     names = [entry.name for entry in session.get_inputs()]
 
     def run(inputs: Sequence[Tensor]) -> list[Tensor]:
-        found = session.run(None, dict(zip(names, map(_array, inputs), strict=True)))
+        try:
+            found = session.run(None, dict(zip(names, map(_array, inputs), strict=True)))
+        except errors as error:
+            raise _refused("ONNX Runtime", error, _FITTING) from error
         return [torch.from_numpy(array) for array in found]
 
     return run
@@ -61,7 +66,7 @@ def openvino(path: str | os.PathLike[str], generates: bool = True) -> Run:
         try:
             fixed.reshape(dict(enumerate(map(list, shapes))))
         except RuntimeError as error:
-            raise _refused("OpenVINO", error, "give tensors of shapes that the model takes") from error
+            raise _refused("OpenVINO", error, _FITTING) from error
         try:
             return _request(core.compile_model(fixed, "CPU", {
                 **settings, "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY",
@@ -90,7 +95,10 @@ def _request(compiled: Any) -> Run:
         with lock:
             for place, array in enumerate(arrays):
                 request.set_input_tensor(place, Shared(array, shared_memory=True))
-            request.infer(share_outputs=True)
+            try:
+                request.infer(share_outputs=True)
+            except RuntimeError as error:
+                raise _refused("OpenVINO", error, _FITTING) from error
             return [torch.from_numpy(request.get_output_tensor(place).data.copy()) for place in places]
 
     return run
