@@ -44,7 +44,7 @@ def chosen() -> tuple[fxcompress.Result, Tensor, Deployed]:
     """With the times that the test says: what is fast on this machine is not for tests to say."""
     result, x = compiled()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fxcompress.engine.auto.once", lambda one, example: 2e-3)
+        patch.setattr("fxcompress.engine.auto.first_look", lambda one, example: 2e-3)
         patch.setattr("fxcompress.engine.auto.latencies", lambda found, example: tuple(
             {"openvino int8": 1e-3}.get(f"{one.engine} {one.precision}", 2e-3) for one in found))
         return result, x, result.finalize(data=x)
@@ -193,7 +193,7 @@ def test_what_is_far_too_slow_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None
         kept.extend(f"{one.engine} {one.precision}" for one in found)
         return tuple(0.1 * (1 + place) for place, _ in enumerate(found))
 
-    monkeypatch.setattr("fxcompress.engine.auto.once", lambda one, example: took[f"{one.engine} {one.precision}"])
+    monkeypatch.setattr("fxcompress.engine.auto.first_look", lambda one, example: took[f"{one.engine} {one.precision}"])
     monkeypatch.setattr("fxcompress.engine.auto.latencies", latencies)
     result, x = compiled()
     table = result.finalize(data=x).table
@@ -203,17 +203,20 @@ def test_what_is_far_too_slow_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None
     assert table.chosen.name == "onnxruntime int8" and not any(row.why for row in table.rows)
 
 
-def test_a_first_look_takes_the_lesser_of_two_passes() -> None:
+def test_a_first_look_waits_for_an_engine_to_get_warm() -> None:
     class Sleeper(Deployed):
-        def __init__(self) -> None:
+        def __init__(self, first: float, later: float, count: int) -> None:
             nn.Module.__init__(self)
-            self.left = [0.2, 0.001]
+            self.left, self.later, self.calls = [first] * count, later, 0
 
         def forward(self) -> None:
-            time.sleep(self.left.pop(0))
+            self.calls += 1
+            time.sleep(self.left.pop(0) if self.left else self.later)
 
-    sleeper = Sleeper()
-    assert 0.001 <= auto.once(sleeper, auto.Example(())) < 0.2 and not sleeper.left
+    slow_at_first, slow = Sleeper(0.1, 0.001, 3), Sleeper(0.3, 0.3, 0)
+    assert 0.001 <= auto.first_look(slow_at_first, auto.Example(())) < 0.1
+    assert slow_at_first.calls > 4
+    assert auto.first_look(slow, auto.Example(())) >= 0.3 and slow.calls == 2
 
 
 def test_table() -> None:

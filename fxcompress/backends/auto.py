@@ -25,6 +25,7 @@ from .openvino_file import convert
 from .runtimes import RUNTIMES
 from .signature import Signature
 
+PASSES, PATIENCE = (2, 20), 0.5  # of a first look: how many, at least and at most, and for how many seconds
 SLOW = 3.0  # times the fastest: how slow an engine may be at first, to be kept and timed further
 FAILURES = (FxcError, OSError, ImportError, *RAISED_BY_MODELS)  # what becomes a row's reason
 
@@ -199,11 +200,11 @@ def reason_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {words[0]}"[:200]
 
 
-def once(deployed: Deployed, example: Example) -> float:
-    """Seconds of the lesser of two passes."""
-    took = []
+def first_look(deployed: Deployed, example: Example) -> float:
+    """Seconds of the shortest of some passes: the first few of an engine may take three times as long as later ones."""
+    took: list[float] = []
     with evaluating(deployed):
-        for _ in range(2):
+        while len(took) < PASSES[0] or (len(took) < PASSES[1] and sum(took) < PATIENCE):
             start = perf_counter()
             deployed(*example.args, **example.kwargs)
             took.append(perf_counter() - start)

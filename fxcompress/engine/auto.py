@@ -16,8 +16,8 @@ from ..backends.auto import (
     Row,
     Table,
     contenders,
+    first_look,
     let_slow_go,
-    once,
     reason_of,
     tensors_by_name,
 )
@@ -69,7 +69,7 @@ def choose(captured: Captured, policy: Policy, baseline: Baseline, finish: Finis
             if contender.deployed is not None and (why := _objection(contender.deployed, policy, baseline, measures)):
                 contender.refuse(why)
             if contender.deployed is not None:
-                contender.seconds = once(contender.deployed, example)
+                contender.seconds = first_look(contender.deployed, example)
                 let_slow_go(found)
     ready = [(one, one.deployed) for one in found if one.deployed is not None]
     if not ready:
