@@ -68,12 +68,11 @@ def keeps_places(node: fx.Node) -> bool:
 
 
 def regions_of(products: Iterable[fx.Node], norms: Mapping[fx.Node, fx.Node] | None = None) -> list[Region]:
-    """The region of each product, in their order. An addition belongs to the product that multiplies most, of those
-    that feed it, or to the last: what the other gives is rounded by itself, which small kernels do at less cost.
-    `norms` has the batch norms behind products that aren't folded yet."""
+    """The region of each product, in their order. An addition belongs to the last product that feeds it. `norms` has
+    the batch norms behind products that aren't folded yet."""
     taken: dict[fx.Node, Region] = {}
     order = {node: place for place, node in enumerate(next(iter(products)).graph.nodes)} if products else {}
-    for product in sorted(products, key=lambda node: (-node.meta["fxc"].macs, -order[node])):
+    for product in sorted(products, key=lambda node: -order[node]):
         taken[product] = _region(product, (norms or {}).get(product), {region.add for region in taken.values()})
     return [taken[product] for product in products]
 
