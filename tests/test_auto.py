@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +43,8 @@ def chosen() -> tuple[fxcompress.Result, Tensor, Deployed]:
     """With the times that the test says: what is fast on this machine is not for tests to say."""
     result, x = compiled()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fxcompress.engine.auto.first_look", lambda one, example: 2e-3)
-        patch.setattr("fxcompress.engine.auto.latencies", lambda found, example: tuple(
-            {"openvino int8": 1e-3}.get(f"{one.engine} {one.precision}", 2e-3) for one in found))
+        patch.setattr("fxcompress.engine.auto.timed", lambda found, example: [
+            {"openvino int8": 1e-3}.get(f"{one.engine} {one.precision}", 2e-3) for one in found])
         return result, x, result.finalize(data=x)
 
 
@@ -183,40 +181,22 @@ def test_without_data_auto_is_the_device() -> None:
     assert isinstance(result.finalize(), torch.fx.GraphModule)
 
 
-def test_what_is_far_too_slow_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has a time in the table, and isn't timed in turns with those that may be the fastest."""
-    monkeypatch.setattr(auto, "ENGINES", ("eager", "onnxruntime"))
-    took = {"eager int8": 1.0, "onnxruntime int8": 0.2, "eager fp32": 0.61, "onnxruntime fp32": 0.59}
-    kept: list[str] = []
-
-    def latencies(found: list[Deployed], example: object) -> tuple[float, ...]:
-        kept.extend(f"{one.engine} {one.precision}" for one in found)
-        return tuple(0.1 * (1 + place) for place, _ in enumerate(found))
-
-    monkeypatch.setattr("fxcompress.engine.auto.first_look", lambda one, example: took[f"{one.engine} {one.precision}"])
-    monkeypatch.setattr("fxcompress.engine.auto.latencies", latencies)
-    result, x = compiled()
-    table = result.finalize(data=x).table
-    assert kept == ["onnxruntime int8", "onnxruntime fp32"] and table is not None
-    assert {row.name: row.seconds for row in table.rows} == {
-        "eager int8": 1.0, "onnxruntime int8": 0.1, "eager fp32": 0.61, "onnxruntime fp32": 0.2}
-    assert table.chosen.name == "onnxruntime int8" and not any(row.why for row in table.rows)
-
-
-def test_a_first_look_waits_for_an_engine_to_get_warm() -> None:
+def test_timing_goes_in_turns_and_gives_medians() -> None:
     class Sleeper(Deployed):
-        def __init__(self, first: float, later: float, count: int) -> None:
+        def __init__(self, seconds: float) -> None:
             nn.Module.__init__(self)
-            self.left, self.later, self.calls = [first] * count, later, 0
+            self.seconds, self.calls = seconds, 0
 
         def forward(self) -> None:
-            self.calls += 1
-            time.sleep(self.left.pop(0) if self.left else self.later)
+            import time
 
-    slow_at_first, slow = Sleeper(0.1, 0.001, 3), Sleeper(0.3, 0.3, 0)
-    assert 0.001 <= auto.first_look(slow_at_first, auto.Example(())) < 0.1
-    assert slow_at_first.calls > 4
-    assert auto.first_look(slow, auto.Example(())) >= 0.3 and slow.calls == 2
+            self.calls += 1
+            time.sleep(self.seconds)
+
+    fast, close, slow = Sleeper(0.001), Sleeper(0.002), Sleeper(0.2)
+    seconds = auto.timed([slow, fast, close], auto.Example(()))
+    assert slow.calls == 2 and fast.calls > 7 and close.calls > 7, "what is far too slow isn't timed further"
+    assert all(found >= one.seconds for found, one in zip(seconds, (slow, fast, close), strict=True))
 
 
 def test_table() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from ..diagnostics import FxcError
 from ..graph.captured import Example
 from ..graph.interpret import evaluating
+from ..graph.timing import latencies
 from ..graph.trace_errors import RAISED_BY_MODELS
 from .auto_saved import read, write
 from .compiled import Frozen
@@ -25,8 +26,7 @@ from .openvino_file import convert
 from .runtimes import RUNTIMES
 from .signature import Signature
 
-PASSES, PATIENCE = (2, 20), 0.5  # of a first look: how many, at least and at most, and for how many seconds
-SLOW = 3.0  # times the fastest: how slow an engine may be at first, to be kept and timed further
+SLOW = 3.0  # times the fastest: how slow an engine may be at first to be timed further
 FAILURES = (FxcError, OSError, ImportError, *RAISED_BY_MODELS)  # what becomes a row's reason
 
 
@@ -147,39 +147,35 @@ ENGINES = (*_COMPILE, *FILE_OF)
 
 @dataclass
 class Contender:
-    """One engine with one precision: deployed, or the reason why it isn't. `seconds`: what a forward pass took when it
-    was last looked at."""
+    """One engine with one precision: deployed, or the reason why it isn't."""
 
     engine: str
     precision: str
     deployed: Deployed | None = None
     why: str = ""
-    seconds: float | None = None
-
-    def refuse(self, why: str) -> None:
-        """It is out, and what it holds is let go."""
-        self.why, self.deployed = why, None
 
 
-def contenders(module: fx.GraphModule, precision: str, example: Example) -> Iterator[Contender]:
-    """`module` by every engine, one after another, each run once on `example`: what can't be built or run has a reason
-    instead. Files are written as they are needed, and go with the last that reads from them."""
+def contenders(module: fx.GraphModule, precision: str, example: Example) -> list[Contender]:
+    """`module` by every engine, each run once on `example`: what can't be built or run has a reason instead."""
     folder = tempfile.TemporaryDirectory(prefix="fxcompress-")
     signature: Signature | None = None
+    found = []
     for engine in ENGINES:
         contender = Contender(engine, precision)
+        found.append(contender)
         try:
             if engine in FILE_OF:
                 signature = signature or Signature.of(module)
                 _file(engine, module, signature, Path(folder.name))
-                contender.deployed = Deployed(engine, precision, None, folder.name, signature)
-                contender.deployed._keeps = folder
+                made = Deployed(engine, precision, None, folder.name, signature)
+                made._keeps = folder  # goes with the last that reads from it
             else:
-                contender.deployed = Deployed(engine, precision, module)
-            contender.deployed.eval()(*example.args, **example.kwargs)
+                made = Deployed(engine, precision, module)
+            made.eval()(*example.args, **example.kwargs)
+            contender.deployed = made
         except FAILURES as error:
-            contender.refuse(reason_of(error))
-        yield contender
+            contender.why = reason_of(error)
+    return found
 
 
 def _file(engine: str, module: fx.GraphModule, signature: Signature, folder: Path) -> None:
@@ -200,24 +196,24 @@ def reason_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {words[0]}"[:200]
 
 
-def first_look(deployed: Deployed, example: Example) -> float:
-    """Seconds of the shortest of some passes: the first few of an engine may take three times as long as later ones."""
-    took: list[float] = []
-    with evaluating(deployed):
-        while len(took) < PASSES[0] or (len(took) < PASSES[1] and sum(took) < PATIENCE):
+def timed(deployed: Sequence[Deployed], example: Example) -> list[float]:
+    """The median seconds of a forward pass of each, measured in turns. What is more than `SLOW` times as slow as the
+    fastest in a first round isn't timed further."""
+    first = [_once(one, example) for one in deployed]
+    close = [one for one, seconds in zip(deployed, first, strict=True) if seconds <= SLOW * min(first)]
+    medians = dict(zip(map(id, close), latencies(close, example), strict=True))
+    return [medians.get(id(one), seconds) for one, seconds in zip(deployed, first, strict=True)]
+
+
+def _once(one: Deployed, example: Example) -> float:
+    """The lesser of two passes."""
+    took = []
+    with evaluating(one):
+        for _ in range(2):
             start = perf_counter()
-            deployed(*example.args, **example.kwargs)
+            one(*example.args, **example.kwargs)
             took.append(perf_counter() - start)
     return min(took)
-
-
-def let_slow_go(found: Sequence[Contender]) -> None:
-    """Let go, with the memory that they hold, the contenders that took more than `SLOW` times as long as the fastest:
-    they keep their time, and aren't timed further."""
-    fastest = min(one.seconds for one in found if one.seconds is not None)
-    for one in found:
-        if one.seconds is not None and one.seconds > SLOW * fastest:
-            one.deployed = None
 
 
 def tensors_by_name(module: fx.GraphModule, values: Sequence[Any]) -> Example:

@@ -4,28 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 
-from ..backends.auto import (
-    FAILURES,
-    Contender,
-    Deployed,
-    Row,
-    Table,
-    contenders,
-    first_look,
-    let_slow_go,
-    reason_of,
-    tensors_by_name,
-)
+from ..backends.auto import FAILURES, Contender, Deployed, Row, Table, contenders, reason_of, tensors_by_name, timed
 from ..diagnostics import Diagnostic, PlanError
 from ..graph.calibration import inputs_of
-from ..graph.captured import Captured
+from ..graph.captured import Captured, Example
 from ..graph.ops import kind_of
-from ..graph.timing import TOLERANCE, latencies, latency
+from ..graph.timing import TOLERANCE, latency
 from ..policy.model import Policy
 from .finish import Finished
 from .integers import is_quantized
@@ -52,52 +40,56 @@ def choose(captured: Captured, policy: Policy, baseline: Baseline, finish: Finis
     """
     values = inputs_of(captured, batch)
     plain = replace(policy, budgets=tuple(budget for budget in policy.budgets if budget.metric != "latency"))
-    variants: dict[str, Callable[[], Captured]] = {"fp32": captured.copy}
-    if is_quantized(captured):
-        variants = {"int8": captured.copy, "fp32": partial(without_rounding, captured)}
+    variants = {"int8": captured.copy(), "fp32": without_rounding(captured)} if is_quantized(captured) else {
+        "fp32": captured.copy()}
     found: list[Contender] = []
     finished: dict[str, Finished] = {}
+    example = Example(())
     for precision, variant in variants.items():
         try:
-            done = finished[precision] = finish(variant(), plain)
+            done = finished[precision] = finish(variant, plain)
         except FAILURES as error:
             found.append(Contender("all", precision, why=reason_of(error)))
             continue
-        example, measures = tensors_by_name(done.captured.module, values), measuring(done.captured)
-        for contender in contenders(done.captured.module, precision, example):
-            found.append(contender)
-            if contender.deployed is not None and (why := _objection(contender.deployed, policy, baseline, measures)):
-                contender.refuse(why)
-            if contender.deployed is not None:
-                contender.seconds = first_look(contender.deployed, example)
-                let_slow_go(found)
-    ready = [(one, one.deployed) for one in found if one.deployed is not None]
+        example = tensors_by_name(done.captured.module, values)
+        tried = contenders(done.captured.module, precision, example)
+        measures = measuring(done.captured)
+        for contender in tried:
+            contender.why = contender.why or _objection(contender, policy, baseline, measures, done.captured)
+        found += tried
+    ready = [contender for contender in found if contender.deployed is not None and not contender.why]
     if not ready:
         raise PlanError([Diagnostic(
             "FXC0722", "no engine runs this model as the policy expects",
             notes=tuple(f"{one.engine} {one.precision}: {one.why}" for one in found),
             help="expect less, allow more time, or install another engine: pip install 'fxcompress[export,openvino]'")])
-    medians = latencies([deployed for _, deployed in ready], example)
-    for (one, _), seconds in zip(ready, medians, strict=True):
-        one.seconds = seconds
-    best, deployed = ready[medians.index(min(medians))]
-    table = Table(tuple(Row(one.engine, one.precision, one.seconds, one.why, one is best) for one in found),
+    seconds = dict(zip(map(id, ready), timed([_there(one) for one in ready], example), strict=True))
+    best = min(ready, key=lambda one: seconds[id(one)])
+    table = Table(tuple(Row(one.engine, one.precision, seconds.get(id(one)), one.why, one is best) for one in found),
                   torch.get_num_threads())
+    deployed = _there(best)
     deployed.table = table
     return Choice(deployed, finished[best.precision], tuple(f"auto: {line}" for line in table.show().splitlines()))
 
 
-def _objection(deployed: Deployed, policy: Policy, baseline: Baseline, measures: Measuring) -> str:
-    """The first expectation or budget of time that it doesn't keep. What doesn't hang on the engine was judged when the
-    graph was finished."""
+def _there(contender: Contender) -> Deployed:
+    assert contender.deployed is not None
+    return contender.deployed
+
+
+def _objection(contender: Contender, policy: Policy, baseline: Baseline, measures: Measuring,
+               captured: Captured) -> str:
+    """The first expectation or budget of time that the contender doesn't keep. What doesn't hang on the engine was
+    judged when the graph was finished."""
+    runs = _there(contender)
     try:
         for expect in policy.expects:
-            if expect.metric == "drift" and not (measured := measures.measure(expect, deployed)).holds:
+            if expect.metric == "drift" and not (measured := measures.measure(expect, runs)).holds:
                 return f"{measured.text} isn't kept: {measured.shown}"
         for budget in policy.budgets:
             if budget.metric == "latency":
                 limit = budget.limit * baseline.latency if budget.relative else budget.limit
-                if (found := latency(deployed, measures.captured.example)) > limit * (1 + TOLERANCE):
+                if (found := latency(runs, captured.example)) > limit * (1 + TOLERANCE):
                     return f"the budget of {1e3 * limit:.3g} ms isn't met: {1e3 * found:.3g} ms"
     except FAILURES as error:
         return reason_of(error)
